@@ -1,0 +1,72 @@
+# What a contributor types; CI types the same. `make` alone lists the targets.
+# More arguments for pytest or the benchmark: make test ARGS="-k eviction -x"
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+LOG := $(VENV)/install.log
+REQUIREMENTS := tests/requirements.txt
+NO_DEPS := tests/requirements-no-deps.txt
+
+VENV_PYTHON := $(VENV)/bin/python
+# The fake llama-server's first line asks PATH for python3.
+PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-unit test-integration lint build bench eval clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(READY) ## start the daemon with two small real models, and print curl lines to try
+	@settings=$$($(VENV_PYTHON) -m tests.real_parts demo) || exit 1; \
+	eval "$$settings"; \
+	exec $(VENV_PYTHON) llama_sidecar.py
+
+test: $(READY) ## run every test that this machine can run
+	@$(PYTEST) $(ARGS)
+
+test-unit: $(READY) ## run the tests that need no real llama-server
+	@$(PYTEST) -m "not integration" $(ARGS)
+
+test-integration: $(READY) ## run the tests with the real llama-server and real models
+	@$(PYTEST) -m integration $(ARGS)
+
+lint: $(READY) ## check style, format and types, for Linux and for Windows
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy .
+	$(VENV_PYTHON) -m mypy --platform win32 --cache-dir .mypy_cache/win32 .
+
+build: $(READY) ## make the one-file program dist/llama-sidecar
+	@[ "$$(uname)" != Linux ] || command -v objdump >/dev/null || \
+	  { echo "make: the build needs objdump: apt-get install binutils" >&2; exit 1; }
+	$(VENV_PYTHON) -m PyInstaller --noconfirm --log-level WARN build.spec
+	@ls -l dist/llama-sidecar
+
+bench: $(READY) ## measure what the daemon adds to a request
+	@$(VENV_PYTHON) bench/proxy_overhead.py $(ARGS)
+
+eval: ## measure the quality of answers (not written yet)
+	@echo "make eval: there is no evaluation program yet" >&2; exit 1
+
+clean: ## remove everything that these targets made, downloads included
+	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml $(REQUIREMENTS) $(NO_DEPS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make: needs Python 3.11 or newer, and '$(PYTHON)' is not: apt-get install python3," \
+	         "or name another with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: needs Python's venv and ensurepip: apt-get install python3-venv" >&2; exit 1; }
+	@echo "make: installing the development packages into $(VENV) (700 MB, some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@{ $(VENV_PYTHON) -m pip install --disable-pip-version-check -r $(REQUIREMENTS) && \
+	   $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-deps -r $(NO_DEPS); \
+	 } >$(LOG) 2>&1 || \
+	  { echo "make: pip could not install the packages (is the package index reachable?):" \
+	         "$$(grep '^ERROR' $(LOG) | tail -n 1) (all of it: $(LOG))" >&2; exit 1; }
+	@touch $@
