@@ -1,0 +1,1495 @@
+"""llama-sidecar: every coding agent gets a llama-server of its own.
+
+The daemon: configuration, the strict HTTP front, and the relay between a client
+and the llama-server child that the pool leases for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import winsvc
+from pool import (
+    Connection,
+    Lease,
+    Pool,
+    PoolConfig,
+    SidecarError,
+    Ticket,
+    UpstreamFailed,
+    WaitCancelled,
+    printable,
+)
+from validator import FlagsRefused, FlagTable, HelpUnavailable, Layer, Validator, probe_help
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("llama-sidecar")
+
+MAX_REQUEST_LINE_BYTES: Final = 8 * 1024
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_FIELDS: Final = 100
+MAX_TRAILER_BYTES: Final = 8 * 1024
+MAX_CHUNK_LINE_BYTES: Final = 1024
+RECEIVE_BYTES: Final = 64 * 1024
+IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
+HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
+BODY_SILENCE_S: Final = 30.0  # between two pieces of a body
+SEND_TIMEOUT_S: Final = 60.0  # a reader that takes nothing for so long has gone
+UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
+LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
+LINGER_BYTES: Final = 4 * 1024 * 1024
+
+
+# --- errors that a client is told
+
+
+class RequestRefused(SidecarError):
+    """The request cannot be served as it is; closes the connection if framing is in doubt."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        closes: bool = False,
+        allow: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.closes = closes
+        self.allow = allow
+
+
+class ClientGone(Exception):
+    """The client closed its connection, or takes nothing any more."""
+
+
+def _bad_request(message: str, status: int = 400, code: str = "bad_request") -> RequestRefused:
+    return RequestRefused(status, code, message, closes=True)
+
+
+ERROR_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def _error_body(error: SidecarError) -> bytes:
+    otherwise = "invalid_request_error" if error.status < 500 else "server_error"
+    fields = {
+        "message": printable(error.message),
+        "type": ERROR_TYPES.get(error.status, otherwise),
+        "code": error.code,
+        "param": getattr(error, "param", None),
+    }
+    return json.dumps({"error": fields}).encode()
+
+
+# --- configuration
+
+
+class ConfigError(Exception):
+    """The environment cannot be used; one line per fault."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = tuple(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One entry of the model map."""
+
+    id: str
+    path: Path
+    args: Layer
+    aliases: tuple[str, ...]
+    is_pinned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the environment says. Seconds and bytes, as the names tell."""
+
+    server_bin: Path
+    models: Mapping[str, Model]  # by id and by alias
+    bind: tuple[str, int]
+    ports: range
+    max_sidecars: int
+    log_level: str
+    validator: Validator
+    health_timeout_s: float
+    health_interval_s: float
+    api_key: str | None
+    allowed_hosts: frozenset[str]
+    queue_size: int
+    queue_s: float
+    max_body_bytes: int
+    max_connections: int
+    drain_s: float
+
+
+DEFAULT_BASE_ARGS: Final = '["-ngl","999","-c","32768","--flash-attn","on","--no-mmap"]'
+DEFAULTS: Final[Mapping[str, str]] = {
+    "LLAMA_SERVER_BIN": "",
+    "MODEL_DIR_MAP_FILE": "",
+    "LLAMA_SIDECAR_BIND": "127.0.0.1:8402",
+    "PORT_RANGE": "8500-8599",
+    "MAX_SIDECARS": "2",
+    "LOG_LEVEL": "info",
+    "BASE_ARGS": DEFAULT_BASE_ARGS,
+    "HEALTH_TIMEOUT_SECONDS": "60",
+    "HEALTH_INTERVAL_SECONDS": "30",
+    "LLAMA_SIDECAR_API_KEY": "",
+    "LLAMA_SIDECAR_ALLOW_NO_KEY": "0",
+    "LLAMA_SIDECAR_ALLOWED_HOSTS": "",
+    "LLAMA_SIDECAR_QUEUE_SIZE": "64",
+    "LLAMA_SIDECAR_QUEUE_SECONDS": "300",
+    "LLAMA_SIDECAR_MAX_BODY_MB": "64",
+    "LLAMA_SIDECAR_MAX_CONNECTIONS": "1024",
+    "LLAMA_SIDECAR_DRAIN_SECONDS": "30",
+}
+LOG_LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+T = TypeVar("T")
+
+
+class _Faulty(Exception):
+    """This variable cannot be used; the message says what it takes."""
+
+
+class _Environment:
+    """Reads variables one by one and collects what is wrong with them."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+        self.faults: list[str] = []
+
+    def read(self, name: str, parse: Callable[[str], T], otherwise: T) -> T:
+        """The variable as `parse` reads it; after a fault `otherwise`, to go on looking."""
+        text = self._variables.get(name) or DEFAULTS[name]
+        try:
+            return parse(text)
+        except _Faulty as exc:
+            shown = "set to a secret" if name.endswith("_KEY") else f"{text[:200]!r}"
+            self.faults.append(printable(f"{name}: {shown}: {exc}"))
+            return otherwise
+
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise _Faulty(f"takes a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text) or float(text) <= 0:
+        raise _Faulty("takes a number of seconds above 0")
+    return float(text)
+
+
+def _yes_or_no(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise _Faulty("takes 0 or 1")
+    return text == "1"
+
+
+def _program(text: str) -> Path:
+    if not text:
+        raise _Faulty("is required: the path of llama-server")
+    found = shutil.which(text)
+    if found is None:
+        raise _Faulty("is no program that can be run: takes the path of llama-server")
+    return Path(found).absolute()
+
+
+def _address(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+)):([0-9]{1,5})", text)
+    if match is None or int(match[3]) > 65535:
+        raise _Faulty("takes ADDRESS:PORT, an IPv6 address in brackets")
+    return match[1] or match[2], int(match[3])
+
+
+def _port_range(text: str) -> range:
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
+        raise _Faulty("takes FIRST-LAST, ports from 1 to 65535")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def _level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise _Faulty(f"takes one of {', '.join(LOG_LEVELS)}")
+    return text
+
+
+def _strings(text: str) -> list[str]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise _Faulty(f"takes a JSON array of strings, and this is no JSON: {exc}") from exc
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _Faulty("takes a JSON array of strings")
+    return value
+
+
+def _hosts(text: str) -> frozenset[str]:
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9.-]+", name):
+            raise _Faulty("takes host names without ports, separated by commas")
+    return frozenset(names)
+
+
+def read_config(variables: Mapping[str, str]) -> Config:
+    """The configuration. Runs `llama-server --help` once: it may block for 30 s.
+
+    Raises ConfigError with every fault.
+    """
+    env = _Environment(variables)
+    number, seconds = _whole_number, _seconds
+    server_bin = env.read("LLAMA_SERVER_BIN", _program, None)
+    bind = env.read("LLAMA_SIDECAR_BIND", _address, ("127.0.0.1", 0))
+    ports = env.read("PORT_RANGE", _port_range, range(8500, 8600))
+    max_sidecars = env.read("MAX_SIDECARS", number(1, 64), 1)
+    base_args = env.read("BASE_ARGS", _strings, list[str]())
+    api_key = variables.get("LLAMA_SIDECAR_API_KEY") or None
+    is_open = env.read("LLAMA_SIDECAR_ALLOW_NO_KEY", _yes_or_no, False)
+    if bind[1] in ports or len(ports) < max_sidecars:
+        env.faults.append(
+            f"PORT_RANGE: {ports.start}-{ports.stop - 1}: takes at least MAX_SIDECARS "
+            f"({max_sidecars}) ports, and not the port of LLAMA_SIDECAR_BIND ({bind[1]})"
+        )
+    if not _is_loopback(bind[0]) and not api_key and not is_open:
+        env.faults.append(
+            f"LLAMA_SIDECAR_BIND: {bind[0]!r}: others can reach this address: set "
+            "LLAMA_SIDECAR_API_KEY, or LLAMA_SIDECAR_ALLOW_NO_KEY=1 if that is meant"
+        )
+    table = _table_of(server_bin, env.faults)
+    validator = _validator(base_args, table, env.faults)
+    models = _read_models(variables.get("MODEL_DIR_MAP_FILE", ""), validator, env.faults)
+    config = Config(
+        server_bin=server_bin or Path(),
+        models=models,
+        bind=bind,
+        ports=ports,
+        max_sidecars=max_sidecars,
+        log_level=env.read("LOG_LEVEL", _level, "info"),
+        validator=validator,
+        health_timeout_s=env.read("HEALTH_TIMEOUT_SECONDS", seconds, 60.0),
+        health_interval_s=env.read("HEALTH_INTERVAL_SECONDS", seconds, 30.0),
+        api_key=api_key,
+        allowed_hosts=env.read("LLAMA_SIDECAR_ALLOWED_HOSTS", _hosts, frozenset()),
+        queue_size=env.read("LLAMA_SIDECAR_QUEUE_SIZE", number(1, 10_000), 64),
+        queue_s=env.read("LLAMA_SIDECAR_QUEUE_SECONDS", seconds, 300.0),
+        max_body_bytes=env.read("LLAMA_SIDECAR_MAX_BODY_MB", number(1, 1024), 64) << 20,
+        max_connections=env.read("LLAMA_SIDECAR_MAX_CONNECTIONS", number(1, 100_000), 1024),
+        drain_s=env.read("LLAMA_SIDECAR_DRAIN_SECONDS", seconds, 30.0),
+    )
+    if env.faults:
+        raise ConfigError(env.faults)
+    return config
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _table_of(server_bin: Path | None, faults: list[str]) -> FlagTable:
+    if server_bin is None:
+        return FlagTable.built_in()
+    try:
+        return FlagTable.built_in().for_binary(probe_help(server_bin))
+    except HelpUnavailable as exc:
+        faults.append(printable(f"LLAMA_SERVER_BIN: {exc}"))
+        return FlagTable.built_in()
+
+
+def _validator(base_args: Sequence[str], table: FlagTable, faults: list[str]) -> Validator:
+    try:
+        return Validator(base_args, table)
+    except FlagsRefused as exc:
+        faults += [f"BASE_ARGS: {fault}" for fault in exc.faults]
+        return Validator([], table)
+
+
+def _read_models(file: str, validator: Validator, faults: list[str]) -> dict[str, Model]:
+    """The model map, by id and by alias; every fault of it is appended to `faults`."""
+    where = "MODEL_DIR_MAP_FILE"
+    if not file:
+        faults.append(f"{where}: is required: the path of a JSON file, model ids to GGUF paths")
+        return {}
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as exc:
+        faults.append(printable(f"{where}: {file!r} cannot be read as JSON: {exc}"))
+        return {}
+    if not isinstance(entries, dict) or not entries:
+        faults.append(f'{where}: {file!r}: takes a JSON object like {{"id": "path.gguf"}}')
+        return {}
+    models: dict[str, Model] = {}
+    folder = Path(file).absolute().parent
+    for model_id, entry in entries.items():
+        try:
+            model = _model(model_id, entry, folder, validator)
+        except (_Faulty, FlagsRefused) as exc:
+            reasons = exc.faults if isinstance(exc, FlagsRefused) else (str(exc),)
+            faults += [printable(f"{where}: {model_id!r}: {reason}") for reason in reasons]
+            continue
+        for name in (model.id, *model.aliases):
+            if name in models or (name != model.id and name in entries):
+                faults.append(printable(f"{where}: {name!r} names two models"))
+            models[name] = model
+    return models
+
+
+def _model(model_id: str, entry: object, folder: Path, validator: Validator) -> Model:
+    fields = {"path": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
+        raise _Faulty('takes a path, or an object with "path"')
+    if unknown := sorted(set(fields) - {"path", "args", "aliases", "pinned"}):
+        raise _Faulty(f"unknown {', '.join(unknown)}: takes path, args, aliases, pinned")
+    args, aliases = fields.get("args", []), fields.get("aliases", [])
+    for name, value in (("args", args), ("aliases", aliases)):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise _Faulty(f"{name} takes an array of strings")
+    if not isinstance(fields.get("pinned", False), bool):
+        raise _Faulty("pinned takes true or false")
+    if not all(name and name == printable(name) for name in (model_id, *aliases)):
+        raise _Faulty("a model's name cannot be empty or hold control characters")
+    path = folder / fields["path"]
+    if not path.is_file():
+        log.warning("model %s: %s is no file, requests for it will be refused", model_id, path)
+    layer = validator.model_args(args)
+    return Model(model_id, path, layer, tuple(aliases), fields.get("pinned", False))
+
+
+# --- reading HTTP: RFC 9110 and 9112, strictly
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^#]*|\?[^#]*)?", re.IGNORECASE)
+_HOST = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~!$&'()*+,;=%-]+))(?::([0-9]{1,5}))?", re.ASCII
+)
+_LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e]|\\[\t\x20-\x7e])*"'
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,15})(?:;" + _TOKEN + rb"(?:=(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*"
+)
+
+
+class MalformedMessage(Exception):
+    """A message head or body that breaks the framing rules; `status` is for a request."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclasses.dataclass
+class Head:
+    """The start line and the fields of a message, names in lower case."""
+
+    start: re.Match[bytes]
+    fields: list[tuple[str, str]]
+
+    def all(self, name: str) -> list[str]:
+        return [value for field, value in self.fields if field == name]
+
+    def get(self, name: str) -> str | None:
+        """The value of a field that may stand once. Raises MalformedMessage for a second."""
+        values = self.all(name)
+        if len(values) > 1:
+            raise MalformedMessage(f"more than one {name} header")
+        return values[0] if values else None
+
+    def tokens(self, name: str) -> set[str]:
+        """The comma-separated words of a list field, in lower case."""
+        return {word.strip().lower() for value in self.all(name) for word in value.split(",")}
+
+
+def parse_head(block: bytes, start_line: re.Pattern[bytes]) -> Head:
+    """Split a head without its final empty line. Raises MalformedMessage."""
+    first, *lines = block.split(b"\r\n")
+    start = start_line.fullmatch(first)
+    if start is None:
+        raise MalformedMessage("the first line is malformed")
+    if len(lines) > MAX_FIELDS:
+        raise MalformedMessage(f"more than {MAX_FIELDS} header fields", 431)
+    fields = []
+    for line in lines:
+        field = _FIELD.fullmatch(line)
+        if field is None:
+            raise MalformedMessage("a header line is malformed")
+        name, value = field[1].lower().decode("ascii"), field[2].rstrip(b" \t")
+        fields.append((name, value.decode("latin-1")))
+    return Head(start, fields)
+
+
+CHUNKED: Final = -1
+UNTIL_CLOSE: Final = -2
+
+
+def body_length(head: Head, minor_version: int) -> int | None:
+    """Bytes of the body, CHUNKED, or None where the head names no length.
+
+    RFC 9112, 6.3, without its leniencies. Raises MalformedMessage.
+    """
+    codings = head.all("transfer-encoding")
+    length = head.get("content-length")
+    if codings:
+        if length is not None:
+            raise MalformedMessage("both Content-Length and Transfer-Encoding")
+        if minor_version == 0:
+            raise MalformedMessage("Transfer-Encoding in HTTP/1.0")
+        if len(codings) == 1 and codings[0].lower() == "chunked":
+            return CHUNKED
+        is_odd = any("chunked" in coding.lower() for coding in codings)
+        raise MalformedMessage("Transfer-Encoding takes chunked alone", 400 if is_odd else 501)
+    if length is None:
+        return None
+    if not _LENGTH.fullmatch(length):
+        raise MalformedMessage("Content-Length takes digits only")
+    return int(length)
+
+
+class ChunkedDecoder:
+    """Takes a chunked body as it arrives. RFC 9112, 7.1, exact CRLF, bounded lines."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self.rest = b""  # once done: what came after the body
+        self._buffer = b""
+        self._left = 0  # bytes of the current chunk still to come
+        self._step = self._size
+        self._trailer_bytes = 0
+        self._out: list[bytes] = []
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the body these bytes bring. Raises MalformedMessage."""
+        self._buffer = self._buffer + data if self._buffer else data
+        while not self.is_done and self._step():
+            pass
+        if self.is_done:
+            self.rest, self._buffer = self._buffer, b""
+        out, self._out = self._out, []
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def _line(self, longest: int) -> bytes | None:
+        end = self._buffer.find(b"\r\n")
+        if end > longest or (end < 0 and len(self._buffer) > longest + 1):
+            raise MalformedMessage("a line of the chunked body is too long")
+        if end < 0:
+            return None
+        line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
+        return line
+
+    def _size(self) -> bool:
+        line = self._line(MAX_CHUNK_LINE_BYTES)
+        if line is None:
+            return False
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise MalformedMessage("a chunk size is malformed")
+        self._left = int(match[1], 16)
+        self._step = self._data if self._left else self._trailer
+        return True
+
+    def _data(self) -> bool:
+        piece = self._buffer[: self._left]
+        self._buffer = self._buffer[len(piece) :]
+        self._left -= len(piece)
+        if piece:
+            self._out.append(piece)
+        if self._left:
+            return False
+        self._step = self._data_end
+        return True
+
+    def _data_end(self) -> bool:
+        end, self._buffer = self._buffer[:2], self._buffer[2:]
+        if end == b"\r\n":
+            self._step = self._size
+            return True
+        if not b"\r\n".startswith(end):
+            raise MalformedMessage("a chunk is longer than its size")
+        self._buffer = end
+        return False
+
+    def _trailer(self) -> bool:
+        line = self._line(MAX_TRAILER_BYTES - self._trailer_bytes)
+        if line is None:
+            return False
+        self._trailer_bytes = min(MAX_TRAILER_BYTES, self._trailer_bytes + len(line) + 2)
+        if line and not _FIELD.fullmatch(line):
+            raise MalformedMessage("a trailer line is malformed")
+        self.is_done = not line
+        return True
+
+
+class Wire:
+    """Reads one peer's messages from a socket, in bounded pieces and bounded time."""
+
+    def __init__(self, sock: socket.socket, before_read: Callable[[], None] | None = None):
+        self._sock = sock
+        self._before_read = before_read
+        self.buffer = b""
+
+    def receive(self, timeout_s: float | None) -> bytes:
+        """What is there or comes next; b"" at the end. Raises TimeoutError, OSError."""
+        if self.buffer:
+            data, self.buffer = self.buffer, b""
+            return data
+        if self._before_read:
+            self._before_read()
+        self._sock.settimeout(timeout_s)
+        return self._sock.recv(RECEIVE_BYTES)
+
+    def head_block(self, first_timeout_s: float | None, timeout_s: float) -> bytes:
+        """The bytes of a head, without its final empty line; b"" if the peer ended before any.
+
+        Waits `first_timeout_s` for the first byte and from then on `timeout_s` for
+        all of it. Raises MalformedMessage, TimeoutError, OSError.
+        """
+        data = self.receive(first_timeout_s)
+        deadline = time.monotonic() + timeout_s
+        searched = 0
+        while data:
+            end = data.find(b"\r\n\r\n", max(0, searched - 3))
+            if 0 <= end <= MAX_HEAD_BYTES:
+                self.buffer = data[end + 4 :]
+                return data[:end]
+            _check_size(data)
+            searched = len(data)
+            try:
+                more = self.receive(max(0.001, deadline - time.monotonic()))
+            except TimeoutError:
+                raise MalformedMessage("the request head took too long", 408) from None
+            if not more:
+                raise MalformedMessage("the connection ended within a message head")
+            data += more
+        return b""
+
+
+def _check_size(data: bytes) -> None:
+    """Whether a head that has not ended may still become one."""
+    line_end = data.find(b"\n")
+    if line_end < 0 and len(data) > MAX_REQUEST_LINE_BYTES:
+        raise MalformedMessage("the request line is too long", 414)
+    if line_end >= 0 and data[line_end - 1 : line_end] != b"\r":
+        raise MalformedMessage("a line ends without CR")
+    if len(data) > MAX_HEAD_BYTES:
+        raise MalformedMessage(f"the head is longer than {MAX_HEAD_BYTES} bytes", 431)
+
+
+# --- requests
+
+KNOWN_METHODS: Final = frozenset("GET HEAD POST PUT DELETE PATCH OPTIONS".split())
+POST_ROUTES: Final = frozenset(
+    f"/v1/{name}"
+    for name in (
+        "audio/transcriptions chat/completions chat/completions/input_tokens completions "
+        "embeddings messages messages/count_tokens rerank reranking responses "
+        "responses/input_tokens"
+    ).split()
+)
+
+
+@dataclasses.dataclass
+class Request:
+    """One request as its head tells; the body follows on the wire."""
+
+    method: str
+    path: str
+    query: str
+    minor_version: int
+    head: Head
+    length: int | None  # of the body: bytes, CHUNKED, or None
+    host: str
+    is_last: bool  # the connection closes after it
+
+    @property
+    def has_body(self) -> bool:
+        return bool(self.length)
+
+
+def parse_request(block: bytes) -> Request:
+    """Judge a request head by RFC 9112. Raises RequestRefused, always closing."""
+    if len(block.split(b"\r\n", 1)[0]) > MAX_REQUEST_LINE_BYTES:
+        raise _bad_request("the request line is too long", 414, "uri_too_long")
+    try:
+        head = parse_head(block, _REQUEST_LINE)
+        method, target, major, minor = (group.decode("ascii") for group in head.start.groups())
+        if (major, minor) not in (("1", "0"), ("1", "1")):
+            raise MalformedMessage(f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1", 505)
+        path, query, authority = _target(method, target)
+        host = _host(head, authority, int(minor))
+        length = body_length(head, int(minor))
+    except MalformedMessage as exc:
+        raise _bad_request(str(exc), exc.status) from exc
+    words = head.tokens("connection")
+    is_last = "close" in words or (minor == "0" and "keep-alive" not in words)
+    return Request(method, path, query, int(minor), head, length, host, is_last)
+
+
+def _target(method: str, target: str) -> tuple[str, str, str | None]:
+    """Path, query, and the authority of an absolute form (RFC 9112, 3.2)."""
+    authority = None
+    if target == "*" and method == "OPTIONS":
+        return "*", "", None
+    if not target.startswith("/"):
+        match = _ABSOLUTE.fullmatch(target)
+        if match is None:
+            raise MalformedMessage("the request target is malformed")
+        authority, target = match[1], match[2] or "/"
+        target = target if target.startswith("/") else f"/{target}"
+    if "#" in target:
+        raise MalformedMessage("the request target holds a fragment")
+    path, _, query = target.partition("?")
+    return path, query, authority
+
+
+def _host(head: Head, authority: str | None, minor_version: int) -> str:
+    """The host asked for, without port. RFC 9112, 3.2: exactly one Host in 1.1."""
+    values = head.all("host")
+    if len(values) > 1 or (minor_version == 1 and not values):
+        raise MalformedMessage("an HTTP/1.1 request takes exactly one Host header")
+    named = [_HOST.fullmatch(text) for text in [*values, *([authority] if authority else [])]]
+    if not all(named):
+        raise MalformedMessage("the Host is malformed")
+    hosts = {(m[1] or m[2]).lower() for m in named if m}
+    if len(hosts) > 1:
+        raise MalformedMessage("the request target and Host name different hosts")
+    return hosts.pop() if hosts else ""
+
+
+# --- the server
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections, one thread each, up to a limit."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = False  # winsvc.claim says what is right here
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        self.config = config
+        self.pool = pool
+        self.started = time.monotonic()
+        self._connections = 0
+        self._lock = threading.Lock()  # guards _connections
+        self._pause = threading.Event()
+        host = config.bind[0]
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__(config.bind, Handler)
+
+    def server_bind(self) -> None:
+        winsvc.claim(self.socket)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            self._pause.wait(0.05)  # out of descriptors: do not spin until one is free
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            is_full = self._connections >= self.config.max_connections
+            self._connections += not is_full
+        if is_full:
+            with contextlib.suppress(OSError):
+                request.settimeout(0.2)
+                request.sendall(_TOO_MANY_CONNECTIONS)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self._connections -= 1
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed")
+
+    def is_ours(self, host: str) -> bool:
+        """Whether a Host or Origin names this daemon, against DNS rebinding."""
+        if host in self.config.allowed_hosts or host == "localhost":
+            return True
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return host == self.config.bind[0].lower()
+        return address.is_loopback or not _is_loopback(self.config.bind[0])
+
+
+_TOO_MANY_BODY = _error_body(
+    RequestRefused(503, "too_many_connections", "too many open connections: close idle ones")
+)
+_TOO_MANY_CONNECTIONS: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+    % (len(_TOO_MANY_BODY), _TOO_MANY_BODY)
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One client connection. Reading and writing are our own, stricter and faster."""
+
+    server: Server
+    connection: socket.socket
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        self.connection = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.wire = Wire(self.connection)
+        self.close_connection = False
+
+    def finish(self) -> None:
+        """Nothing is buffered for writing."""
+
+    def handle(self) -> None:
+        try:
+            while not self.close_connection:
+                self._handle_one()
+        except (ClientGone, OSError):
+            return  # the connection is closed by the server
+
+    def _handle_one(self) -> None:
+        self.wants_close = True  # until the request says otherwise
+        self.is_head = False
+        self.expects_continue = False
+        try:
+            block = self.wire.head_block(IDLE_TIMEOUT_S, HEAD_TIMEOUT_S)
+            if not block and not self.wire.buffer:
+                self.close_connection = True
+                return
+            request = parse_request(block)
+            self.is_head = request.method == "HEAD"
+            self.wants_close = request.is_last or (request.method != "POST" and request.has_body)
+            self._dispatch(request)
+        except MalformedMessage as exc:
+            self._refuse(_bad_request(str(exc), exc.status))
+        except SidecarError as exc:
+            self._refuse(exc)
+        except TimeoutError:
+            self.close_connection = True
+        except (ClientGone, OSError):
+            raise
+        except Exception:
+            log.exception("a request failed")
+            self._refuse(RequestRefused(500, "internal_error", "internal error", closes=True))
+
+    # --- routes
+
+    def _dispatch(self, request: Request) -> None:
+        self._check_sender(request)
+        if request.method not in KNOWN_METHODS:
+            raise _bad_request(f"method {request.method} is not known", 501, "unknown_method")
+        expected = request.head.all("expect")
+        if expected and (len(expected) > 1 or expected[0].lower() != "100-continue"):
+            raise _bad_request("only Expect: 100-continue is met", 417, "expectation_failed")
+        self.expects_continue = bool(expected) and request.minor_version == 1
+        allowed = self._allowed_methods(request.path)
+        if request.method == "OPTIONS":
+            self._send(204, b"", {"Allow": ", ".join([*allowed, "OPTIONS"])})
+        elif request.method not in allowed:
+            raise RequestRefused(
+                405,
+                "method_not_allowed",
+                f"{request.path} takes {', '.join(allowed)}",
+                closes=request.has_body,
+                allow=", ".join([*allowed, "OPTIONS"]),
+            )
+        elif request.path == "/health":
+            self._health()
+        elif request.path == "/sidecars":
+            self._send_json(200, {"sidecars": self.server.pool.snapshot()})
+        elif request.path == "/v1/models":
+            self._models()
+        elif request.method == "DELETE":
+            self._delete(request.path.removeprefix("/sidecars/"))
+        else:
+            self._proxy(request)
+
+    def _allowed_methods(self, path: str) -> tuple[str, ...]:
+        if path in ("/health", "/sidecars", "/v1/models", "*"):
+            return ("GET", "HEAD")
+        if path.startswith("/sidecars/"):
+            return ("DELETE",)
+        if path in POST_ROUTES:
+            return ("POST",)
+        raise RequestRefused(
+            404,
+            "not_found",
+            f"no such path: {path[:200]}; try /health, /sidecars, /v1/models or "
+            "/v1/chat/completions",
+            closes=self.wants_close,
+        )
+
+    def _check_sender(self, request: Request) -> None:
+        """Refuse other hosts' names, web pages of others, and strangers."""
+        if (request.host or request.minor_version) and not self.server.is_ours(request.host):
+            raise _bad_request(
+                f"host {request.host!r} is not served: name it in LLAMA_SIDECAR_ALLOWED_HOSTS",
+                *(403, "host_not_allowed"),
+            )
+        origin = request.head.get("origin")
+        is_cross_site = request.head.get("sec-fetch-site") == "cross-site"
+        if is_cross_site or (origin is not None and not self._is_own_origin(origin)):
+            raise _bad_request("web pages of others are not served", 403, "origin_not_allowed")
+        if self.server.config.api_key and request.path != "/health" and not self._is_known(request):
+            raise _bad_request("send the key: Authorization: Bearer KEY", 401, "invalid_api_key")
+
+    def _is_own_origin(self, origin: str) -> bool:
+        match = re.fullmatch(r"https?://([^/?#@]+)", origin)
+        host = _HOST.fullmatch(match[1]) if match else None
+        return host is not None and self.server.is_ours((host[1] or host[2]).lower())
+
+    def _is_known(self, request: Request) -> bool:
+        scheme, _, bearer = (request.head.get("authorization") or "").partition(" ")
+        given = bearer if scheme.lower() == "bearer" else request.head.get("x-api-key") or ""
+        wanted = self.server.config.api_key or ""
+        return hmac.compare_digest(given.strip().encode(), wanted.encode())
+
+    def _health(self) -> None:
+        states, waiting = self.server.pool.counts()
+        is_closed = self.server.pool.is_closed
+        sidecars: dict[str, int] = {
+            name: states[name] for name in ("ready", "starting", "stopping")
+        }
+        self._send_json(
+            503 if is_closed else 200,
+            {
+                "status": "draining" if is_closed else "ok",
+                "version": __version__,
+                "uptime_seconds": round(time.monotonic() - self.server.started, 3),
+                "sidecars": sidecars | {"max": self.server.config.max_sidecars},
+                "queue": {"waiting": waiting},
+            },
+        )
+
+    def _models(self) -> None:
+        loaded = self.server.pool.ready_models()
+        models = dict.fromkeys(self.server.config.models.values())
+        rows = [
+            {
+                "id": model.id,
+                "object": "model",
+                "created": 0,
+                "owned_by": "llama-sidecar",
+                "aliases": list(model.aliases),
+                "loaded": model.id in loaded,
+            }
+            for model in models
+        ]
+        self._send_json(200, {"object": "list", "data": rows})
+
+    def _delete(self, hash_: str) -> None:
+        self.server.pool.remove(hash_[:64])
+        self._send_json(200, {"hash": hash_, "deleted": True})
+
+    # --- the relay
+
+    def _proxy(self, request: Request) -> None:
+        begun = time.monotonic()
+        body = self._read_body(request)
+        model = self._model(request, body)
+        spec = self._spec(request, model)
+        with self._lease(spec, model.is_pinned) as lease:
+            relay = _Relay(self, request, body, lease)
+            try:
+                status = relay.run()
+            finally:
+                log.info(
+                    "request hash=%s model=%s path=%s status=%d start=%s "
+                    "wait_ms=%d ms=%d bytes=%d%s",
+                    *(spec.hash, model.id, request.path, relay.status, lease.start_kind),
+                    *(lease.wait_s * 1000, (time.monotonic() - begun) * 1000, relay.sent_bytes),
+                    relay.remark,
+                )
+        assert status
+
+    def _read_body(self, request: Request) -> bytes:
+        """The whole body. Refused by its announced size before a byte of it is read."""
+        kind = (request.head.get("content-type") or "").partition(";")[0].strip().lower()
+        if kind == "text/plain":
+            raise _bad_request(
+                "send JSON with Content-Type: application/json", 415, "unsupported_media_type"
+            )
+        limit = self.server.config.max_body_bytes
+        too_large = RequestRefused(
+            413, "request_too_large", f"the body is larger than {limit} bytes", closes=True
+        )
+        length = request.length or 0
+        if length > limit:
+            raise too_large
+        if self.expects_continue and length:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length != CHUNKED:
+            return self._read_exactly(length)
+        decoder, pieces, size = ChunkedDecoder(), [], 0
+        while not decoder.is_done:
+            piece = decoder.feed(self._receive())
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise too_large
+        self.wire.buffer = decoder.rest
+        return b"".join(pieces)
+
+    def _read_exactly(self, length: int) -> bytes:
+        pieces, left = [], length
+        while left > 0:
+            data = self._receive()
+            pieces.append(data[:left])
+            if len(data) > left:
+                self.wire.buffer = data[left:]
+            left -= len(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _receive(self) -> bytes:
+        try:
+            data = self.wire.receive(BODY_SILENCE_S)
+        except TimeoutError:
+            raise MalformedMessage("the rest of the body did not come", 408) from None
+        if not data:
+            raise MalformedMessage("the connection ended within the body")
+        return data
+
+    def _model(self, request: Request, body: bytes) -> Model:
+        name = self._header(request, "x-model-id") or _model_in(body)
+        model = self.server.config.models.get(name)
+        if model is None:
+            known = list(self.server.config.models)
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
+            raise RequestRefused(
+                404,
+                "model_not_found",
+                f"no model {name[:200]!r}; nearest: {', '.join(near)} (GET /v1/models lists all)",
+                param="model",
+            )
+        if not model.path.is_file():
+            raise RequestRefused(
+                404,
+                "model_not_found",
+                f"model {model.id}: its file {model.path.name} is missing; put it where "
+                "MODEL_DIR_MAP_FILE says, or change the map",
+                param="model",
+            )
+        return model
+
+    def _spec(self, request: Request, model: Model) -> Any:
+        flags = self._header(request, "x-agent-flags")
+        try:
+            return self.server.config.validator.spec(model.id, model.path, model.args, flags)
+        except FlagsRefused as exc:
+            raise RequestRefused(
+                400, "invalid_flags", "; ".join(exc.faults), param="X-Agent-Flags"
+            ) from exc
+
+    def _header(self, request: Request, name: str) -> str | None:
+        """One of our own headers, as UTF-8. Raises RequestRefused."""
+        try:
+            value = request.head.get(name)
+            return value if value is None else value.encode("latin-1").decode("utf-8")
+        except (MalformedMessage, UnicodeDecodeError):
+            code = "invalid_flags" if name == "x-agent-flags" else "missing_model"
+            raise RequestRefused(
+                400, code, f"{name} takes one value in UTF-8, once", param=name
+            ) from None
+
+    def _lease(self, spec: Any, pinned: bool) -> Lease:
+        with contextlib.ExitStack() as stack:
+
+            def on_wait(ticket: Ticket) -> None:
+                cancel = functools.partial(self.server.pool.cancel, ticket)
+                stack.enter_context(_watching(self.connection, cancel))
+
+            try:
+                return self.server.pool.lease(
+                    spec, self.server.config.queue_s, pinned=pinned, on_wait=on_wait
+                )
+            except WaitCancelled:
+                log.info("request hash=%s left while it waited", spec.hash)
+                raise ClientGone from None
+
+    # --- answering
+
+    def _write(self, data: bytes) -> None:
+        """Send to the client. Raises ClientGone if it takes nothing for SEND_TIMEOUT_S."""
+        try:
+            self.connection.settimeout(SEND_TIMEOUT_S)
+            self.connection.sendall(data)
+        except OSError as exc:
+            raise ClientGone from exc
+
+    def _send_json(self, status: int, value: object) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.close_connection = self.wants_close
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {_date()}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if status != 204:
+            lines.append(f"Content-Length: {len(body)}")
+        lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
+        head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        self._write(head if self.is_head else head + body)
+        if self.close_connection:
+            self._linger()
+
+    def _refuse(self, error: SidecarError) -> None:
+        headers = {"Content-Type": "application/json"}
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, round(error.retry_after_s + 0.5)))
+        if isinstance(error, RequestRefused):
+            self.wants_close = self.wants_close or error.closes
+            if error.allow:
+                headers["Allow"] = error.allow
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        log.info("refused status=%d code=%s: %s", error.status, error.code, error.message)
+        self._send(error.status, _error_body(error), headers)
+
+    def _linger(self) -> None:
+        """Read what is in flight and throw it away: a reset would take the answer with it."""
+        deadline, seen = time.monotonic() + LINGER_S, len(self.wire.buffer)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while seen < LINGER_BYTES and (left_s := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(left_s)
+                data = self.connection.recv(RECEIVE_BYTES)
+                if not data:
+                    return
+                seen += len(data)
+
+
+def _model_in(body: bytes) -> str:
+    """The `model` of a JSON body. Raises RequestRefused."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        reason = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)
+        raise RequestRefused(400, "invalid_json", f"the body is no JSON: {reason}") from exc
+    name = value.get("model") if isinstance(value, dict) else None
+    if not isinstance(name, str) or not name:
+        raise RequestRefused(
+            400,
+            "missing_model",
+            'name a model: "model" in the JSON body, or the header X-Model-Id',
+            param="model",
+        )
+    return name
+
+
+def _date() -> str:
+    return _date_at(int(time.time()))
+
+
+@functools.lru_cache(maxsize=1)
+def _date_at(second: int) -> str:
+    """RFC 9110, 5.6.7."""
+    moment = time.gmtime(second)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[moment.tm_wday]
+    months = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+    return time.strftime(f"{day}, %d {months[moment.tm_mon - 1]} %Y %H:%M:%S GMT", moment)
+
+
+def _has_left(client: socket.socket) -> bool:
+    """Whether a readable client socket has ended rather than sent its next request."""
+    try:
+        client.settimeout(0.0)
+        return not client.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+@contextlib.contextmanager
+def _watching(client: socket.socket, when_gone: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, call `when_gone` as soon as the client closes its connection."""
+    ours, theirs = socket.socketpair()
+
+    def watch() -> None:
+        ready = winsvc.wait_readable([client, theirs], None)
+        if theirs not in ready and _has_left(client):
+            when_gone()
+
+    thread = winsvc.start_thread("watch-client", watch)
+    try:
+        yield
+    finally:
+        ours.close()
+        thread.join()
+        theirs.close()
+
+
+HOP_BY_HOP: Final = frozenset(
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+    "transfer-encoding upgrade content-length".split()
+)
+PASSED_HEADERS: Final = ("content-type", "accept")
+NO_BODY_STATUS: Final = frozenset({204, 304})
+
+
+class _Relay:
+    """One request to a child, and its answer back to the client, as it comes."""
+
+    def __init__(self, handler: Handler, request: Request, body: bytes, lease: Lease) -> None:
+        self._handler = handler
+        self._request = request
+        self._body = body
+        self._lease = lease
+        self._watches_client = True
+        self.status = 0  # 0 until an answer was passed on
+        self.sent_bytes = 0
+        self.remark = ""
+
+    def run(self) -> int:
+        """Relay it all. Raises UpstreamFailed before the first byte, ClientGone."""
+        connection, wire, head, length = self._exchange()
+        is_reusable = False
+        try:
+            is_reusable = self._answer(wire, head, length)
+        except ClientGone:
+            self.remark = " client left"
+            raise
+        finally:
+            if is_reusable:
+                self._lease.upstream.keep(connection)
+            else:
+                self._lease.upstream.drop(connection)
+        return self.status
+
+    def _exchange(self) -> tuple[Connection, Wire, Head, int]:
+        """Send the request, read the answer's head; once more if a kept connection was stale."""
+        for is_retry in (False, True):
+            connection = None
+            try:
+                connection = self._lease.upstream.take(fresh=is_retry)
+                wire = Wire(connection.sock, functools.partial(self._await, connection.sock))
+                return (connection, wire, *self._ask(connection, wire))
+            except ClientGone:
+                self.remark = " client left"
+                self._lease.upstream.drop(cast("Connection", connection))
+                raise
+            except (OSError, MalformedMessage) as exc:
+                was_kept = connection is not None and connection.used > 0
+                if connection is not None:
+                    self._lease.upstream.drop(connection)
+                if is_retry or not was_kept or not isinstance(exc, ConnectionError):
+                    raise self._failed(exc) from exc
+        raise AssertionError("unreachable: the second try returns or raises")
+
+    def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
+        connection.sock.settimeout(UPSTREAM_SEND_TIMEOUT_S)
+        connection.sock.sendall(self._head_for_child() + self._body)
+        for _ in range(5):
+            block = wire.head_block(None, HEAD_TIMEOUT_S)
+            if not block:
+                raise ConnectionResetError("it closed the connection without an answer")
+            head = parse_head(block, _STATUS_LINE)
+            status = int(head.start[2])
+            if status >= 200:
+                length = body_length(head, int(head.start[1]))
+                if status in NO_BODY_STATUS:
+                    length = 0
+                return head, UNTIL_CLOSE if length is None else length
+        raise MalformedMessage("more interim answers than make sense")
+
+    def _head_for_child(self) -> bytes:
+        """Built anew: nothing of the client's framing reaches the child."""
+        request = self._request
+        target = f"{request.path}?{request.query}" if request.query else request.path
+        lines = [
+            f"POST {target} HTTP/1.1",
+            f"Host: 127.0.0.1:{self._lease.upstream.port}",
+            f"Authorization: Bearer {self._lease.upstream.api_key}",
+            f"Content-Length: {len(self._body)}",
+        ]
+        for name, value in request.head.fields:
+            if name in PASSED_HEADERS:
+                lines.append(f"{name}: {value}")
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+    def _await(self, upstream: socket.socket) -> None:
+        """Wait until the child says something. Raises ClientGone if the client leaves first."""
+        client = self._handler.connection
+        while self._watches_client:
+            ready = winsvc.wait_readable([upstream, client], None)
+            if upstream in ready:
+                return
+            if _has_left(client):
+                raise ClientGone
+            self._watches_client = False  # it has sent its next request already
+
+    def _answer(self, wire: Wire, head: Head, length: int) -> bool:
+        """Pass the answer on; True if the child's connection can serve again."""
+        self.status = int(head.start[2])
+        handler = self._handler
+        handler.close_connection = handler.wants_close
+        is_chunked = length in (CHUNKED, UNTIL_CLOSE) and self._request.minor_version == 1
+        if length in (CHUNKED, UNTIL_CLOSE) and not is_chunked:
+            handler.close_connection = True
+        start = self._head_for_client(head, length, is_chunked)
+        pieces = _body_pieces(wire, length)
+        try:
+            for piece in pieces:
+                data = b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked and piece else piece
+                handler._write(start + data if start else data)
+                self.sent_bytes += len(piece)
+                start = b""
+        except (OSError, MalformedMessage) as exc:
+            if start:
+                raise self._failed(exc) from exc
+            handler.close_connection = True
+            self.remark = f" cut: {printable(str(exc))}"
+            return False
+        tail = b"0\r\n\r\n" if is_chunked else b""
+        if start or tail:
+            handler._write(start + tail)
+        if handler.close_connection:
+            handler._linger()
+        says_close = "close" in head.tokens("connection") or head.start[1] == b"0"
+        return not says_close and length != UNTIL_CLOSE and not wire.buffer
+
+    def _head_for_client(self, head: Head, length: int, is_chunked: bool) -> bytes:
+        dropped = HOP_BY_HOP | head.tokens("connection")
+        status = int(head.start[2])
+        lines = [head.start[0].replace(b"HTTP/1.0", b"HTTP/1.1", 1).decode("latin-1")]
+        for name, value in head.fields:
+            if name not in dropped and not name.startswith("access-control-"):
+                lines.append(f"{_titled(name)}: {value}")
+        if not head.all("date"):
+            lines.append(f"Date: {_date()}")
+        lines += [
+            f"X-Sidecar-Hash: {self._lease.sidecar.spec.hash}",
+            f"X-Sidecar-Start: {self._lease.start_kind}",
+            f"X-Sidecar-Wait-Ms: {self._lease.wait_s * 1000:.0f}",
+        ]
+        if is_chunked:
+            lines.append("Transfer-Encoding: chunked")
+        elif length >= 0 and status not in NO_BODY_STATUS:
+            lines.append(f"Content-Length: {length}")
+        lines.append(f"Connection: {'close' if self._handler.close_connection else 'keep-alive'}")
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+    def _failed(self, exc: Exception) -> UpstreamFailed:
+        """What to tell the client, with the child's own last words if it died."""
+        sidecar = self._lease.sidecar
+        reason = self._handler.server.pool.why_gone(sidecar, 0.5)
+        return UpstreamFailed(
+            f"sidecar {sidecar.spec.hash} did not answer properly: {reason or exc}; "
+            "the next request starts it again if it died"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _titled(name: str) -> str:
+    return "-".join(part.capitalize() for part in name.split("-"))
+
+
+def _body_pieces(wire: Wire, length: int) -> Iterator[bytes]:
+    """The answer's body as it comes, first b"" if nothing is there yet.
+
+    Raises MalformedMessage or OSError when it breaks off.
+    """
+    if length == 0:
+        return
+    if not wire.buffer:
+        yield b""  # the head goes out at once
+    if length == CHUNKED:
+        decoder = ChunkedDecoder()
+        while not decoder.is_done:
+            if piece := decoder.feed(_more(wire)):
+                yield piece
+        wire.buffer = decoder.rest
+        return
+    if length == UNTIL_CLOSE:
+        while data := wire.receive(None):
+            yield data
+        return
+    while length > 0:
+        data = _more(wire)
+        yield data[:length]
+        wire.buffer = data[length:]
+        length -= min(length, len(data))
+
+
+def _more(wire: Wire) -> bytes:
+    data = wire.receive(None)
+    if not data:
+        raise ConnectionResetError("the answer broke off")
+    return data
+
+
+# --- the program
+
+
+class _OneLine(logging.Formatter):
+    """No event takes more than one line, but for tracebacks; none holds control characters."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(super().formatMessage(record))
+
+
+def set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=LOG_LEVELS[level], handlers=[handler], force=True)
+
+
+def serve(config: Config) -> None:
+    """Run until a stop signal, drain, end all children. A second signal ends at once."""
+    stops: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put is safe in a signal handler
+    for signum in winsvc.STOP_SIGNALS:
+        signal.signal(signum, lambda number, _frame: stops.put(number))
+    winsvc.contain_children()
+    with winsvc.private_dir() as private_dir:
+        pool = Pool(_pool_config(config, Path(private_dir)))
+        try:
+            server = Server(config, pool)
+        except OSError:
+            pool.close(0)
+            raise
+        winsvc.start_thread("http", server.serve_forever)
+        host, port = server.server_address[:2]
+        log.info("listening on http://%s:%d version=%s", host, port, __version__)
+        log.info("signal %d: draining for up to %g s", _next(stops), config.drain_s)
+        _drain(pool, config.drain_s, stops)
+        server.shutdown()
+        server.server_close()
+    log.info("stopped")
+
+
+def _drain(pool: Pool, drain_s: float, stops: queue.SimpleQueue[int]) -> None:
+    finished = -1
+
+    def close() -> None:
+        pool.close(drain_s)
+        stops.put(finished)
+
+    winsvc.start_thread("drain", close)
+    if _next(stops) != finished:
+        log.warning("second signal: ending at once")
+        pool.close(0)
+
+
+def _next(stops: queue.SimpleQueue[int]) -> int:
+    """Wait for a signal; in slices, since Windows runs signal handlers between them only."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return stops.get(timeout=0.5 if sys.platform == "win32" else 3600)
+
+
+def _pool_config(config: Config, private_dir: Path) -> PoolConfig:
+    knows = config.validator.table.knows
+    own_args = [next((flag for flag in ("--no-ui", "--no-webui") if knows(flag)), "")]
+    own_args += ["--offline"] if knows("--offline") else []
+    return PoolConfig(
+        server_bin=config.server_bin,
+        ports=config.ports,
+        max_sidecars=config.max_sidecars,
+        queue_size=config.queue_size,
+        load_silence_s=config.health_timeout_s,
+        health_interval_s=config.health_interval_s,
+        private_dir=private_dir,
+        own_args=tuple(filter(None, own_args)),
+    )
+
+
+USAGE: Final = """\
+usage: llama-sidecar [--help | --version]
+
+Without arguments it runs the daemon, configured by environment variables:
+"""
+
+
+def usage() -> str:
+    rows = [f"  {name:32} {value or '(none)'}" for name, value in DEFAULTS.items()]
+    return USAGE + "\n".join(rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 after an orderly end, 2 if the arguments or the environment cannot be used."""
+    if list(argv) in (["--help"], ["-h"]):
+        print(usage())
+        return 0
+    if list(argv) == ["--version"]:
+        print(f"llama-sidecar {__version__}")
+        return 0
+    if argv:
+        print(f"llama-sidecar: unknown argument {argv[0]!r}\n{usage()}", file=sys.stderr)
+        return 2
+    set_up_logging("info")
+    try:
+        config = read_config(os.environ)
+    except ConfigError as exc:
+        for fault in exc.faults:
+            print(f"llama-sidecar: {fault}", file=sys.stderr)
+        return 2
+    set_up_logging(config.log_level)
+    try:
+        serve(config)
+    except OSError as exc:
+        host, port = config.bind
+        print(f"llama-sidecar: cannot listen on {host}:{port}: {exc}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
