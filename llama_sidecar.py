@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -414,6 +415,7 @@ _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^#]*|\?[^#]*)?", re.IGNORECASE)
 _HOST = re.compile(
     r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._~!$&'()*+,;=%-]+))(?::([0-9]{1,5}))?", re.ASCII
 )
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e]|\\[\t\x20-\x7e])*"'
 _CHUNK_LINE = re.compile(
@@ -616,10 +618,9 @@ class Wire:
 
 def _check_size(data: bytes) -> None:
     """Whether a head that has not ended may still become one."""
-    line_end = data.find(b"\n")
-    if line_end < 0 and len(data) > MAX_REQUEST_LINE_BYTES:
+    if len(data) > MAX_REQUEST_LINE_BYTES and b"\n" not in data:
         raise MalformedMessage("the request line is too long", 414)
-    if line_end >= 0 and data[line_end - 1 : line_end] != b"\r":
+    if _BARE_LF.search(data):
         raise MalformedMessage("a line ends without CR")
     if len(data) > MAX_HEAD_BYTES:
         raise MalformedMessage(f"the head is longer than {MAX_HEAD_BYTES} bytes", 431)
@@ -950,7 +951,7 @@ class Handler(BaseHTTPRequestHandler):
         with self._lease(spec, model.is_pinned) as lease:
             relay = _Relay(self, request, body, lease)
             try:
-                status = relay.run()
+                relay.run()
             finally:
                 log.info(
                     "request hash=%s model=%s path=%s status=%d start=%s "
@@ -959,7 +960,6 @@ class Handler(BaseHTTPRequestHandler):
                     *(lease.wait_s * 1000, (time.monotonic() - begun) * 1000, relay.sent_bytes),
                     relay.remark,
                 )
-        assert status
 
     def _read_body(self, request: Request) -> bytes:
         """The whole body. Refused by its announced size before a byte of it is read."""
@@ -1036,7 +1036,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.config.validator.spec(model.id, model.path, model.args, flags)
         except FlagsRefused as exc:
             raise RequestRefused(
-                400, "invalid_flags", "; ".join(exc.faults), param="X-Agent-Flags"
+                400, "invalid_flags", " ".join(exc.faults), param="X-Agent-Flags"
             ) from exc
 
     def _header(self, request: Request, name: str) -> str | None:
@@ -1093,7 +1093,7 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse(self, error: SidecarError) -> None:
         headers = {"Content-Type": "application/json"}
         if error.retry_after_s is not None:
-            headers["Retry-After"] = str(max(1, round(error.retry_after_s + 0.5)))
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         if isinstance(error, RequestRefused):
             self.wants_close = self.wants_close or error.closes
             if error.allow:
@@ -1198,7 +1198,7 @@ class _Relay:
         self.sent_bytes = 0
         self.remark = ""
 
-    def run(self) -> int:
+    def run(self) -> None:
         """Relay it all. Raises UpstreamFailed before the first byte, ClientGone."""
         connection, wire, head, length = self._exchange()
         is_reusable = False
@@ -1212,7 +1212,6 @@ class _Relay:
                 self._lease.upstream.keep(connection)
             else:
                 self._lease.upstream.drop(connection)
-        return self.status
 
     def _exchange(self) -> tuple[Connection, Wire, Head, int]:
         """Send the request, read the answer's head; once more if a kept connection was stale."""
