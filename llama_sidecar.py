@@ -34,6 +34,7 @@ import winsvc
 from pool import (
     Connection,
     Lease,
+    NotConnected,
     Pool,
     PoolConfig,
     SidecarError,
@@ -42,7 +43,15 @@ from pool import (
     WaitCancelled,
     printable,
 )
-from validator import FlagsRefused, FlagTable, HelpUnavailable, Layer, Validator, probe_help
+from validator import (
+    FlagsRefused,
+    FlagTable,
+    HelpUnavailable,
+    Layer,
+    SidecarSpec,
+    Validator,
+    probe_help,
+)
 
 __version__ = "0.1.0"
 
@@ -751,7 +760,12 @@ class Server(ThreadingHTTPServer):
                 request.sendall(_TOO_MANY_CONNECTIONS)
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had: the server goes on without this one
+            with self._lock:
+                self._connections -= 1
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -944,10 +958,16 @@ class Handler(BaseHTTPRequestHandler):
     # --- the relay
 
     def _proxy(self, request: Request) -> None:
-        begun = time.monotonic()
         body = self._read_body(request)
         model = self._model(request, body)
         spec = self._spec(request, model)
+        try:
+            self._relay(request, body, model, spec)
+        except NotConnected:  # it died just now, and saw nothing of this request
+            self._relay(request, body, model, spec)
+
+    def _relay(self, request: Request, body: bytes, model: Model, spec: SidecarSpec) -> None:
+        begun = time.monotonic()
         with self._lease(spec, model.is_pinned) as lease:
             relay = _Relay(self, request, body, lease)
             try:
@@ -1030,7 +1050,7 @@ class Handler(BaseHTTPRequestHandler):
             )
         return model
 
-    def _spec(self, request: Request, model: Model) -> Any:
+    def _spec(self, request: Request, model: Model) -> SidecarSpec:
         flags = self._header(request, "x-agent-flags")
         try:
             return self.server.config.validator.spec(model.id, model.path, model.args, flags)
@@ -1050,7 +1070,7 @@ class Handler(BaseHTTPRequestHandler):
                 400, code, f"{name} takes one value in UTF-8, once", param=name
             ) from None
 
-    def _lease(self, spec: Any, pinned: bool) -> Lease:
+    def _lease(self, spec: SidecarSpec, pinned: bool) -> Lease:
         with contextlib.ExitStack() as stack:
 
             def on_wait(ticket: Ticket) -> None:
@@ -1226,11 +1246,13 @@ class _Relay:
                 self._lease.upstream.drop(cast("Connection", connection))
                 raise
             except (OSError, MalformedMessage) as exc:
+                if connection is None and not is_retry:
+                    raise NotConnected(self._failure_words(exc)) from exc
                 was_kept = connection is not None and connection.used > 0
                 if connection is not None:
                     self._lease.upstream.drop(connection)
                 if is_retry or not was_kept or not isinstance(exc, ConnectionError):
-                    raise self._failed(exc) from exc
+                    raise UpstreamFailed(self._failure_words(exc)) from exc
         raise AssertionError("unreachable: the second try returns or raises")
 
     def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
@@ -1293,7 +1315,7 @@ class _Relay:
                 start = b""
         except (OSError, MalformedMessage) as exc:
             if start:
-                raise self._failed(exc) from exc
+                raise UpstreamFailed(self._failure_words(exc)) from exc
             handler.close_connection = True
             self.remark = f" cut: {printable(str(exc))}"
             return False
@@ -1326,11 +1348,11 @@ class _Relay:
         lines.append(f"Connection: {'close' if self._handler.close_connection else 'keep-alive'}")
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
-    def _failed(self, exc: Exception) -> UpstreamFailed:
+    def _failure_words(self, exc: Exception) -> str:
         """What to tell the client, with the child's own last words if it died."""
         sidecar = self._lease.sidecar
         reason = self._handler.server.pool.why_gone(sidecar, 0.5)
-        return UpstreamFailed(
+        return (
             f"sidecar {sidecar.spec.hash} did not answer properly: {reason or exc}; "
             "the next request starts it again if it died"
         )

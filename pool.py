@@ -71,6 +71,10 @@ class UpstreamFailed(SidecarError):
     status, code = 502, "upstream_failed"
 
 
+class NotConnected(UpstreamFailed):
+    """The child took no connection, so nothing of the request has reached it."""
+
+
 class QueueFull(SidecarError):
     status, code = 429, "queue_full"
 
@@ -149,8 +153,9 @@ class Upstream:
         Blocks for at most CONNECT_TIMEOUT_S. Raises OSError.
         """
         while not fresh and (kept := self._pop_idle()):
-            if time.monotonic() - kept.idle_since < IDLE_CONNECTION_S:
-                return kept
+            is_young = time.monotonic() - kept.idle_since < IDLE_CONNECTION_S
+            if is_young and not winsvc.wait_readable([kept.sock], 0):
+                return kept  # nothing to read: the child has not closed it
             self.drop(kept)
         sock = socket.create_connection(("127.0.0.1", self.port), CONNECT_TIMEOUT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -283,6 +288,7 @@ class Ticket:
     sidecar: Sidecar | None = None
     error: SidecarError | None = None
     is_cancelled: bool = False
+    is_taken: bool = False  # its lease was handed out, and will be released
 
     @property
     def is_settled(self) -> bool:
@@ -361,9 +367,12 @@ class Pool:
             self._waiting.append(ticket)
             actions = self._decide_locked()
         _run(actions)
-        if on_wait:
-            on_wait(ticket)
-        return self._wait(ticket, timeout_s)
+        try:
+            if on_wait:
+                on_wait(ticket)
+            return self._wait(ticket, timeout_s)
+        finally:
+            self._leave_queue(ticket)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a wait: its `lease` raises WaitCancelled. Does nothing if it is over."""
@@ -467,6 +476,7 @@ class Pool:
         coming = sum(s.state is State.STOPPING for s in self._sidecars.values())
         planned: set[str] = set()
         may_take_place = True
+        self._end_drains_locked()
         for ticket in list(self._waiting):
             if ticket.is_settled:
                 continue
@@ -496,6 +506,12 @@ class Pool:
         self._waiting = [t for t in self._waiting if not t.is_settled]
         self._changed.notify_all()
         return actions
+
+    def _end_drains_locked(self) -> None:
+        """Let drained sidecars take work again once nobody needs room any more."""
+        if all(t.is_settled or t.spec.hash in self._sidecars for t in self._waiting):
+            for sidecar in self._sidecars.values():
+                sidecar.is_draining = False
 
     def _victim_locked(self) -> Sidecar | None:
         """The least recently used READY sidecar that nobody holds and nobody pinned."""
@@ -582,10 +598,19 @@ class Pool:
                 actions = self._decide_locked()
             _run(actions)
 
+    def _leave_queue(self, ticket: Ticket) -> None:
+        """A wait is over, however it ended: take back what nobody will use."""
+        with self._changed:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            if ticket.sidecar and not ticket.is_taken:
+                ticket.sidecar.in_flight -= 1
+            actions = self._decide_locked() if not ticket.is_taken and not self._is_closed else []
+        _run(actions)
+
     def _settled_locked(self, ticket: Ticket) -> Lease:
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
         if ticket.sidecar:
+            ticket.is_taken = True
             wait_s = time.monotonic() - ticket.arrived
             return Lease(self, ticket.sidecar, ticket.start_kind, wait_s)
         if ticket.error:
@@ -767,28 +792,34 @@ class Pool:
         with self._changed:
             if sidecar.state is not State.READY or sidecar.process is not process:
                 return
-            self._changed.notify_all()
             sidecar.error = UpstreamFailed(
                 f"the llama-server of {sidecar.spec.model_id} ended ({_exit_words(code)}); "
                 f"its last lines: {sidecar.last_lines()}"
             )
+            actions = self._forget_locked(sidecar)
         log.warning("died hash=%s pid=%d: %s", sidecar.spec.hash, process.pid, _exit_words(code))
         sidecar.upstream.close()
-        self._forget(sidecar)
+        _run(actions)
 
     def _forget(self, sidecar: Sidecar) -> None:
-        """Its process is gone: give its place to whoever is next."""
         with self._changed:
-            if sidecar.state is State.GONE:
-                return
-            self._move_locked(sidecar, State.GONE)
-            if self._sidecars.get(sidecar.spec.hash) is sidecar:
-                del self._sidecars[sidecar.spec.hash]
-            actions = [] if self._is_closed else self._decide_locked()
-            has_room = len(self._sidecars) < self.config.max_sidecars
-            if sidecar.is_restart_due and has_room and not self._is_closed:
-                actions += self._start_locked(sidecar.spec, "started", sidecar.is_pinned)
+            actions = self._forget_locked(sidecar)
         _run(actions)
+
+    def _forget_locked(self, sidecar: Sidecar) -> list[Action]:
+        """Its process is gone: give its place to whoever is next."""
+        if sidecar.state is State.GONE:
+            return []
+        self._move_locked(sidecar, State.GONE)
+        if self._sidecars.get(sidecar.spec.hash) is sidecar:
+            del self._sidecars[sidecar.spec.hash]
+        if self._is_closed:
+            return []
+        actions = self._decide_locked()
+        has_room = len(self._sidecars) < self.config.max_sidecars
+        if sidecar.is_restart_due and has_room and sidecar.spec.hash not in self._sidecars:
+            actions += self._start_locked(sidecar.spec, "started", sidecar.is_pinned)
+        return actions
 
     # --- health
 
