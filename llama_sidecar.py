@@ -215,7 +215,7 @@ class _Environment:
         try:
             return parse(text)
         except _Faulty as exc:
-            shown = "set to a secret" if name.endswith("_KEY") else f"{text[:200]!r}"
+            shown = "a secret" if name == "LLAMA_SIDECAR_API_KEY" else f"{text[:200]!r}"
             self.faults.append(printable(f"{name}: {shown}: {exc}"))
             return otherwise
 
@@ -239,6 +239,12 @@ def _yes_or_no(text: str) -> bool:
     if text not in ("0", "1"):
         raise _Faulty("takes 0 or 1")
     return text == "1"
+
+
+def _key(text: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]*", text):
+        raise _Faulty("takes visible ASCII characters without spaces: no other fits in a header")
+    return text
 
 
 def _program(text: str) -> Path:
@@ -300,7 +306,7 @@ def read_config(variables: Mapping[str, str]) -> Config:
     ports = env.read("PORT_RANGE", _port_range, range(8500, 8600))
     max_sidecars = env.read("MAX_SIDECARS", number(1, 64), 1)
     base_args = env.read("BASE_ARGS", _strings, list[str]())
-    api_key = variables.get("LLAMA_SIDECAR_API_KEY") or None
+    api_key = env.read("LLAMA_SIDECAR_API_KEY", _key, "") or None
     is_open = env.read("LLAMA_SIDECAR_ALLOW_NO_KEY", _yes_or_no, False)
     if bind[1] in ports or len(ports) < max_sidecars:
         env.faults.append(

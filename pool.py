@@ -646,9 +646,10 @@ class Pool:
             error = exc
         except OSError as exc:
             error = LoadFailed(f"{self.config.server_bin} cannot be started: {exc}")
-        if error is None:
-            self._record_ready(sidecar)
-        else:
+        if error is None and not self._record_ready(sidecar):
+            assert sidecar.process is not None
+            error = _exited(sidecar, sidecar.process.wait())
+        if error is not None:
             self._record_failure(sidecar, error)
 
     def _spawn(self, sidecar: Sidecar) -> bool:
@@ -722,10 +723,13 @@ class Pool:
             sidecar.output_came.clear()
         raise AssertionError("unreachable: the pauses never end")
 
-    def _record_ready(self, sidecar: Sidecar) -> None:
+    def _record_ready(self, sidecar: Sidecar) -> bool:
+        """Grant it to those who wait; False if it ended just now, where the reaper saw no READY."""
         with self._changed:
             if sidecar.state is not State.STARTING:
-                return
+                return True
+            if sidecar.process is None or sidecar.process.returncode is not None:
+                return False
             now = time.monotonic()
             sidecar.ready_at = time.time()
             sidecar.load_s = now - sidecar.started
@@ -739,6 +743,7 @@ class Pool:
             "ready hash=%s model=%s pid=%s port=%d load_s=%.3f",
             *(sidecar.spec.hash, sidecar.spec.model_id, sidecar.pid, sidecar.port, sidecar.load_s),
         )
+        return True
 
     def _record_failure(self, sidecar: Sidecar, error: SidecarError) -> None:
         """Tell those who wait, remember the reason, and free the place once it is gone."""

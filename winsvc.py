@@ -238,12 +238,13 @@ def output_lines(process: subprocess.Popen[bytes], longest: int) -> Iterator[byt
     """The child's output line by line until it ends; longer lines come in pieces."""
     assert process.stdout is not None
     rest = b""
-    while data := process.stdout.read(65536):
-        *lines, rest = (rest + data).split(b"\n")
-        yield from lines
-        while len(rest) > longest:
-            yield rest[:longest]
-            rest = rest[longest:]
+    with process.stdout as pipe:
+        while data := pipe.read(65536):
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+            while len(rest) > longest:
+                yield rest[:longest]
+                rest = rest[longest:]
     if rest:
         yield rest
 
