@@ -62,6 +62,7 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_FIELDS: Final = 100
 MAX_TRAILER_BYTES: Final = 8 * 1024
 MAX_CHUNK_LINE_BYTES: Final = 1024
+MAX_PORT: Final = 65535
 RECEIVE_BYTES: Final = 64 * 1024
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
 HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
@@ -258,14 +259,14 @@ def _program(text: str) -> Path:
 
 def _address(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+)):([0-9]{1,5})", text)
-    if match is None or int(match[3]) > 65535:
+    if match is None or int(match[3]) > MAX_PORT:
         raise _Faulty("takes ADDRESS:PORT, an IPv6 address in brackets")
     return match[1] or match[2], int(match[3])
 
 
 def _port_range(text: str) -> range:
     match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65535:
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_PORT:
         raise _Faulty("takes FIRST-LAST, ports from 1 to 65535")
     return range(int(match[1]), int(match[2]) + 1)
 
@@ -376,7 +377,8 @@ def _read_models(file: str, validator: Validator, faults: list[str]) -> dict[str
         faults.append(f"{where}: is required: the path of a JSON file, model ids to GGUF paths")
         return {}
     try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        entries = json.loads(text, object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as exc:
         faults.append(printable(f"{where}: {file!r} cannot be read as JSON: {exc}"))
         return {}
@@ -397,6 +399,14 @@ def _read_models(file: str, validator: Validator, faults: list[str]) -> dict[str
                 faults.append(printable(f"{where}: {name!r} names two models"))
             models[name] = model
     return models
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose names all differ. Raises ValueError."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(map(repr, twice))} stands there twice")
+    return dict(pairs)
 
 
 def _model(model_id: str, entry: object, folder: Path, validator: Validator) -> Model:
@@ -523,17 +533,32 @@ class ChunkedDecoder:
         self._left = 0  # bytes of the current chunk still to come
         self._step = self._size
         self._trailer_bytes = 0
+        self._error: MalformedMessage | None = None
         self._out: list[bytes] = []
 
     def feed(self, data: bytes) -> bytes:
-        """What of the body these bytes bring. Raises MalformedMessage."""
+        """What of the body these bytes bring.
+
+        Raises MalformedMessage; if good bytes came ahead of the fault, they are
+        handed out first and `check` raises it.
+        """
         self._buffer = self._buffer + data if self._buffer else data
-        while not self.is_done and self._step():
-            pass
+        try:
+            while not self.is_done and self._step():
+                pass
+        except MalformedMessage as exc:
+            if not self._out:
+                raise
+            self._error = exc
         if self.is_done:
             self.rest, self._buffer = self._buffer, b""
         out, self._out = self._out, []
         return out[0] if len(out) == 1 else b"".join(out)
+
+    def check(self) -> None:
+        """Raise the MalformedMessage that `feed` held back."""
+        if self._error:
+            raise self._error
 
     def _line(self, longest: int) -> bytes | None:
         end = self._buffer.find(b"\r\n")
@@ -605,8 +630,8 @@ class Wire:
         self._sock.settimeout(timeout_s)
         return self._sock.recv(RECEIVE_BYTES)
 
-    def head_block(self, first_timeout_s: float | None, timeout_s: float) -> bytes:
-        """The bytes of a head, without its final empty line; b"" if the peer ended before any.
+    def head_block(self, first_timeout_s: float | None, timeout_s: float) -> bytes | None:
+        """The bytes of a head, without its final empty line; None if the peer ended before any.
 
         Waits `first_timeout_s` for the first byte and from then on `timeout_s` for
         all of it. Raises MalformedMessage, TimeoutError, OSError.
@@ -628,7 +653,7 @@ class Wire:
             if not more:
                 raise MalformedMessage("the connection ended within a message head")
             data += more
-        return b""
+        return None
 
 
 def _check_size(data: bytes) -> None:
@@ -714,7 +739,7 @@ def _host(head: Head, authority: str | None, minor_version: int) -> str:
     if len(values) > 1 or (minor_version == 1 and not values):
         raise MalformedMessage("an HTTP/1.1 request takes exactly one Host header")
     named = [_HOST.fullmatch(text) for text in [*values, *([authority] if authority else [])]]
-    if not all(named):
+    if not all(match and int(match[3] or 0) <= MAX_PORT for match in named):
         raise MalformedMessage("the Host is malformed")
     hosts = {(m[1] or m[2]).lower() for m in named if m}
     if len(hosts) > 1:
@@ -833,12 +858,13 @@ class Handler(BaseHTTPRequestHandler):
         self.expects_continue = False
         try:
             block = self.wire.head_block(IDLE_TIMEOUT_S, HEAD_TIMEOUT_S)
-            if not block and not self.wire.buffer:
+            if block is None:
                 self.close_connection = True
                 return
             request = parse_request(block)
             self.is_head = request.method == "HEAD"
-            self.wants_close = request.is_last or (request.method != "POST" and request.has_body)
+            is_read = request.method == "POST" and request.path in POST_ROUTES
+            self.wants_close = request.is_last or (request.has_body and not is_read)
             self._dispatch(request)
         except MalformedMessage as exc:
             self._refuse(_bad_request(str(exc), exc.status))
@@ -1008,6 +1034,7 @@ class Handler(BaseHTTPRequestHandler):
         decoder, pieces, size = ChunkedDecoder(), [], 0
         while not decoder.is_done:
             piece = decoder.feed(self._receive())
+            decoder.check()
             pieces.append(piece)
             size += len(piece)
             if size > limit:
@@ -1266,7 +1293,7 @@ class _Relay:
         connection.sock.sendall(self._head_for_child() + self._body)
         for _ in range(5):
             block = wire.head_block(None, HEAD_TIMEOUT_S)
-            if not block:
+            if block is None:
                 raise ConnectionResetError("it closed the connection without an answer")
             head = parse_head(block, _STATUS_LINE)
             status = int(head.start[2])
@@ -1383,6 +1410,7 @@ def _body_pieces(wire: Wire, length: int) -> Iterator[bytes]:
         while not decoder.is_done:
             if piece := decoder.feed(_more(wire)):
                 yield piece
+            decoder.check()
         wire.buffer = decoder.rest
         return
     if length == UNTIL_CLOSE:
@@ -1456,10 +1484,10 @@ def _drain(pool: Pool, drain_s: float, stops: queue.SimpleQueue[int]) -> None:
 
 
 def _next(stops: queue.SimpleQueue[int]) -> int:
-    """Wait for a signal; in slices, since Windows runs signal handlers between them only."""
+    """Wait for a signal; in slices: one that another thread received is handled between them."""
     while True:
         with contextlib.suppress(queue.Empty):
-            return stops.get(timeout=0.5 if sys.platform == "win32" else 3600)
+            return stops.get(timeout=0.5)
 
 
 def _pool_config(config: Config, private_dir: Path) -> PoolConfig:

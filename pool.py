@@ -749,16 +749,17 @@ class Pool:
         """Tell those who wait, remember the reason, and free the place once it is gone."""
         hash_ = sidecar.spec.hash
         with self._changed:
-            if sidecar.state is State.STARTING:
-                history = self._history_locked(hash_)
-                history.failures += 1
-                pause_s = min(MAX_PAUSE_S, 2.0 ** (history.failures - 1))
-                history.retry_at = time.monotonic() + pause_s
-                history.error = error
-                sidecar.error = error
-                self._move_locked(sidecar, State.FAILED)
+            if sidecar.state is not State.STARTING:
+                return  # it is being stopped, and whoever stops it ends the process
+            history = self._history_locked(hash_)
+            history.failures += 1
+            pause_s = min(MAX_PAUSE_S, 2.0 ** (history.failures - 1))
+            history.retry_at = time.monotonic() + pause_s
+            history.error = error
+            sidecar.error = error
+            self._move_locked(sidecar, State.FAILED)
             for ticket in self._waiting:
-                if ticket.spec.hash == hash_ and sidecar.state is State.FAILED:
+                if ticket.spec.hash == hash_:
                     ticket.error = error
             self._changed.notify_all()
         log.warning("failed hash=%s model=%s: %s", hash_, sidecar.spec.model_id, error.message)

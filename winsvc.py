@@ -241,7 +241,9 @@ def output_lines(process: subprocess.Popen[bytes], longest: int) -> Iterator[byt
     with process.stdout as pipe:
         while data := pipe.read(65536):
             *lines, rest = (rest + data).split(b"\n")
-            yield from lines
+            for line in lines:
+                for start in range(0, len(line) or 1, longest):
+                    yield line[start : start + longest]
             while len(rest) > longest:
                 yield rest[:longest]
                 rest = rest[longest:]

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_SERVER = ROOT / "tests" / "fake_llama_server.py"
 CHAT = "/v1/chat/completions"
+SIGKILL = 9  # Windows has no name for it
 
 T = TypeVar("T")
 

@@ -21,6 +21,7 @@ from pool import MOVES, Lease, LoadFailed, LoadTimeout, Pool, PoolConfig, Sideca
 from tests.daemon import (
     CHAT,
     FAKE_SERVER,
+    SIGKILL,
     Daemon,
     free_port_range,
     is_alive,
@@ -204,7 +205,7 @@ def test_a_load_outlives_the_client_that_asked_for_it(daemon: Daemon) -> None:
 
 def test_a_child_that_dies_idle_is_noticed_at_once_and_started_anew(daemon: Daemon) -> None:
     pid = daemon.chat("dies-idle")[2]["echo"]["pid"]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, SIGKILL)
     wait_until(lambda: not row_of(daemon, "dies-idle"), "its row is gone unasked", 3)
     status, named, body = daemon.chat("dies-idle")
     assert (status, named["x-sidecar-start"]) == (200, "started")
@@ -232,14 +233,11 @@ def test_a_spec_that_failed_is_refused_for_a_while_with_the_stored_reason(daemon
     first = daemon.chat("fails-at-once")
     assert first[0] == 502
     again = [daemon.chat("fails-at-once") for _ in range(3)]
-    started = daemon.starts("fails-at-once")
-    waited = time.monotonic() - float(started[0]["t"])
-    assert waited < 1 or len(started) > 1, "the machine was too slow to see the pause"
     for status, named, body in again:
         assert (status, code_of(body)) == (502, "model_load_failed")
         assert "out of memory, says the fake" in body["error"]["message"]
         assert int(named["retry-after"]) >= 1
-    assert len(started) == 1
+    assert len(daemon.starts("fails-at-once")) == 1
     wait_until(
         lambda: daemon.chat("fails-at-once")[0] == 502 and len(daemon.starts("fails-at-once")) == 2,
         "after the pause it is tried again",
@@ -287,7 +285,7 @@ def test_a_child_that_dies_as_it_becomes_ready_is_a_failed_load(
     def probe_then_kill(upstream: pool.Upstream) -> str:
         answer = probe(upstream)
         if answer == "ready":
-            os.kill(int(str(bench.lines("m", "starts")[0]["pid"])), signal.SIGKILL)
+            os.kill(int(str(bench.lines("m", "starts")[0]["pid"])), SIGKILL)
             reaper = f"reap-{bench.spec('m').hash}"
             wait_until(
                 lambda: reaper not in [thread.name for thread in threading.enumerate()],
@@ -618,7 +616,7 @@ def test_children_end_with_a_daemon_that_is_killed(
         wait_until(lambda: daemon.starts("loading"), "a load began")
         pids = [daemon.starts(name)[0]["pid"] for name in models]
         assert all(map(is_alive, pids))
-        daemon.stop(signal.SIGKILL)
+        daemon.stop(SIGKILL)
         wait_until(lambda: not any(map(is_alive, pids)), "every child is gone", 2)
         assert isinstance(left.exception(5), http.client.HTTPException | OSError)
 

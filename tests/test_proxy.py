@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, object]] = {
     "gated": {},
     "choir": {},
     "frail": {},
+    "breaking": {},
     "fresh": {},
     "one-shot": {"keepalive_max": 1},
     "three-shot": {"keepalive_max": 3},
@@ -400,14 +401,18 @@ def posts_of(daemon: Daemon, model: str) -> list[dict[str, Any]]:
     ids=str,
 )
 def test_a_stream_that_breaks_is_cut_and_not_ended(daemon: Daemon, fake: dict[str, object]) -> None:
-    body = chat_body("frail", stream=True, fake=fake)
-    head, answer = answer_until_close(daemon, request_bytes(body))
-    assert head.startswith(b"HTTP/1.1 200 ")
-    assert b" two" in answer
+    (daemon.folder / "breaking.json.stream_gate").unlink(missing_ok=True)
+    body = chat_body("breaking", stream=True, fake=fake | {"stream_gate": 2})
+    with contextlib.closing(daemon.connect()) as sock:
+        sock.sendall(request_bytes(body))
+        begun = read_until(sock, b" two")
+        assert begun.startswith(b"HTTP/1.1 200 ")
+        daemon.open_gate("breaking", "stream_gate")
+        answer = begun + read_all(sock)
     assert b" three" not in answer
     assert b"[DONE]" not in answer
     assert not answer.endswith(b"0\r\n\r\n")
-    wait_until(lambda: in_flight(daemon, "frail") == 0, "the lease is released", 1.0)
+    wait_until(lambda: in_flight(daemon, "breaking") == 0, "the lease is released", 1.0)
 
 
 def test_an_answer_shorter_than_announced_is_cut(daemon: Daemon) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import pool
+import winsvc
 from pool import Pool, PoolConfig, Sidecar, SidecarError, State
 from tests.daemon import CHAT, FAKE_SERVER, free_port_range, is_alive, wait_until
 from validator import SidecarSpec
@@ -99,7 +100,7 @@ def test_many_threads_never_break_the_limit_or_a_lease_and_leave_nothing(tmp_pat
     first, last = map(int, free_port_range(40).split("-"))
     private = tmp_path / "private"
     private.mkdir()
-    winsvc_is_up(tmp_path)
+    start_the_spawner(tmp_path)
     threads_before, descriptors_before = set(threading.enumerate()), descriptors()
     watched = Watched(
         PoolConfig(
@@ -163,8 +164,8 @@ def test_many_threads_never_break_the_limit_or_a_lease_and_leave_nothing(tmp_pat
     wait_until(lambda: descriptors() <= descriptors_before, "every descriptor is closed", 5)
 
 
-def winsvc_is_up(folder: Path) -> None:
+def start_the_spawner(folder: Path) -> None:
     """One start and end before anything is counted: the spawner thread stays for good."""
-    process = pool.winsvc.spawn([sys.executable, "-c", ""], {"HOME": str(folder)})
-    assert list(pool.winsvc.output_lines(process, 100)) == []
+    process = winsvc.spawn([sys.executable, "-c", ""], {"HOME": str(folder)})
+    assert list(winsvc.output_lines(process, 100)) == []
     assert process.wait(10) == os.EX_OK

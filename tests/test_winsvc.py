@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import winsvc
-from tests.daemon import is_alive, wait_until
+from tests.daemon import SIGKILL, is_alive, wait_until
 
 TELL = """
 import json, os, stat, sys
@@ -84,20 +84,18 @@ def test_a_child_outlives_the_thread_that_asked_for_it() -> None:
             found[0].wait(0.3)
     finally:
         winsvc.kill(found[0])
-        assert found[0].wait(10) == -signal.SIGKILL
+        assert found[0].wait(10) == -SIGKILL
         assert found[0].stdout is not None
         found[0].stdout.close()
 
 
-@pytest.mark.parametrize(
-    ("script", "code"), [(WAIT, -signal.SIGTERM), (WAIT_DEAF, -signal.SIGKILL)]
-)
+@pytest.mark.parametrize(("script", "code"), [(WAIT, -signal.SIGTERM), (WAIT_DEAF, -SIGKILL)])
 def test_kill_ends_who_is_deaf_to_terminate(script: str, code: int) -> None:
     with spawned(script) as process:
         assert first_line(process) == b"up"
         winsvc.terminate(process)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5 if code == -signal.SIGKILL else 10)
+            process.wait(0.5 if code == -SIGKILL else 10)
         winsvc.kill(process)
         assert process.wait(10) == code
         winsvc.terminate(process)  # it is gone: nothing happens, nobody else is hit
@@ -118,7 +116,9 @@ def test_terminate_reaches_what_the_child_started() -> None:
         (b"", []),
         (b"a\nb\n", [b"a", b"b"]),
         (b"a\r\n\nb", [b"a\r", b"", b"b"]),
-        (b"no newline", [b"no newline"]),
+        (b"unended", [b"unended"]),
+        (b"0123456789\nb\n", [b"01234567", b"89", b"b"]),
+        (b"01234567\n", [b"01234567"]),
         (b"12345678", [b"12345678"]),
         (b"123456789", [b"12345678", b"9"]),
         (b"x" * 20, [b"x" * 8, b"x" * 8, b"x" * 4]),
