@@ -11,6 +11,7 @@ from typing import Any
 
 import h11
 import httptools
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,7 @@ def ours(raw: bytes) -> Reading | None:
         if request.length == CHUNKED:
             decoder = ChunkedDecoder()
             reading.body = decoder.feed(rest)
+            decoder.check()
             reading.end = len(raw) - len(decoder.rest) if decoder.is_done else None
         else:
             length = request.length or 0
@@ -218,6 +220,13 @@ CUTS = st.lists(st.integers(0, 200), max_size=8)
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     places = [0, *sorted({min(cut, len(data)) for cut in cuts}), len(data)]
     return [data[a:b] for a, b in itertools.pairwise(places) if a < b]
+
+
+def test_what_came_ahead_of_a_malformed_chunk_is_handed_out_before_the_fault() -> None:
+    decoder = ChunkedDecoder()
+    assert decoder.feed(b"3\r\nabc\r\nnonsense\r\n") == b"abc"
+    with pytest.raises(MalformedMessage, match="chunk size"):
+        decoder.check()
 
 
 @EXAMPLES
