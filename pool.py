@@ -38,6 +38,7 @@ MAX_MISSED_PROBES: Final = 3
 MAX_PORT_TRIES: Final = 5
 FAIR_WAIT_S: Final = 20.0  # then a busy sidecar takes no new work, so that it can be evicted
 MAX_PAUSE_S: Final = 60.0  # between two tries of a spec that keeps failing
+LAST_WORDS_S: Final = 0.5  # a dead child's output ends at once, unless another holds its pipe
 MAX_HISTORIES: Final = 1024
 TAIL_LINES: Final = 50
 LINE_BYTES: Final = 4096
@@ -217,6 +218,7 @@ class Sidecar:
         self.created_at = time.time()
         self.started = time.monotonic()
         self.output_came = threading.Event()  # set at each line: time to look again
+        self.output_ended = threading.Event()  # all of it is in `tail`
         self.spawning = threading.Lock()  # held while a process is being made: none slips away
         self.last_output = self.started
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
@@ -672,6 +674,7 @@ class Pool:
                     return False
                 sidecar.upstream = upstream
             sidecar.tail.clear()
+            sidecar.output_ended.clear()
             sidecar.last_output = time.monotonic()
             process = winsvc.spawn(argv, environment)
             with self._changed:
@@ -795,6 +798,7 @@ class Pool:
         """Wait for the process and take note at once, whoever ended it."""
         code = process.wait()
         sidecar.output_came.set()
+        sidecar.output_ended.wait(LAST_WORDS_S)
         with self._changed:
             if sidecar.state is not State.READY or sidecar.process is not process:
                 return
@@ -877,6 +881,7 @@ def _drain_output(sidecar: Sidecar, process: subprocess.Popen[bytes]) -> None:
         sidecar.output_came.set()
         level = logging.INFO if sidecar.state is State.STARTING else logging.DEBUG
         log.log(level, "[%s] %s", sidecar.spec.hash, line)
+    sidecar.output_ended.set()
 
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -888,10 +893,7 @@ def printable(text: str) -> str:
 
 
 def _exited(sidecar: Sidecar, code: int) -> LoadFailed:
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline and not sidecar.tail:
-        sidecar.output_came.wait(0.05)
-        sidecar.output_came.clear()
+    sidecar.output_ended.wait(LAST_WORDS_S)
     return LoadFailed(
         f"llama-server ended while loading {sidecar.spec.model_id} ({_exit_words(code)}); "
         f"its last lines: {sidecar.last_lines()}"
