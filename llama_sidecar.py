@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 import winsvc
 from pool import (
@@ -530,6 +530,7 @@ class ChunkedDecoder:
         self.is_done = False
         self.rest = b""  # once done: what came after the body
         self._buffer = b""
+        self._at = 0  # where in it the next step begins
         self._left = 0  # bytes of the current chunk still to come
         self._step = self._size
         self._trailer_bytes = 0
@@ -542,7 +543,8 @@ class ChunkedDecoder:
         Raises MalformedMessage; if good bytes came ahead of the fault, they are
         handed out first and `check` raises it.
         """
-        self._buffer = self._buffer + data if self._buffer else data
+        self._buffer = self._buffer[self._at :] + data
+        self._at = 0
         try:
             while not self.is_done and self._step():
                 pass
@@ -551,7 +553,7 @@ class ChunkedDecoder:
                 raise
             self._error = exc
         if self.is_done:
-            self.rest, self._buffer = self._buffer, b""
+            self.rest, self._buffer = self._buffer[self._at :], b""
         out, self._out = self._out, []
         return out[0] if len(out) == 1 else b"".join(out)
 
@@ -561,13 +563,13 @@ class ChunkedDecoder:
             raise self._error
 
     def _line(self, longest: int) -> bytes | None:
-        end = self._buffer.find(b"\r\n")
-        if end > longest or (end < 0 and len(self._buffer) > longest + 1):
+        start, end = self._at, self._buffer.find(b"\r\n", self._at)
+        if end - start > longest or (end < 0 and len(self._buffer) - start > longest + 1):
             raise MalformedMessage("a line of the chunked body is too long")
         if end < 0:
             return None
-        line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
-        return line
+        self._at = end + 2
+        return self._buffer[start:end]
 
     def _size(self) -> bool:
         line = self._line(MAX_CHUNK_LINE_BYTES)
@@ -581,8 +583,8 @@ class ChunkedDecoder:
         return True
 
     def _data(self) -> bool:
-        piece = self._buffer[: self._left]
-        self._buffer = self._buffer[len(piece) :]
+        piece = self._buffer[self._at : self._at + self._left]
+        self._at += len(piece)
         self._left -= len(piece)
         if piece:
             self._out.append(piece)
@@ -592,14 +594,14 @@ class ChunkedDecoder:
         return True
 
     def _data_end(self) -> bool:
-        end, self._buffer = self._buffer[:2], self._buffer[2:]
-        if end == b"\r\n":
-            self._step = self._size
-            return True
+        end = self._buffer[self._at : self._at + 2]
         if not b"\r\n".startswith(end):
             raise MalformedMessage("a chunk is longer than its size")
-        self._buffer = end
-        return False
+        if len(end) < 2:
+            return False
+        self._at += 2
+        self._step = self._size
+        return True
 
     def _trailer(self) -> bool:
         line = self._line(MAX_TRAILER_BYTES - self._trailer_bytes)
@@ -834,7 +836,6 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     connection: socket.socket
-    disable_nagle_algorithm = True
 
     def setup(self) -> None:
         self.connection = self.request
@@ -1004,6 +1005,9 @@ class Handler(BaseHTTPRequestHandler):
             relay = _Relay(self, request, body, lease)
             try:
                 relay.run()
+            except ClientGone:
+                relay.remark = " client left"
+                raise
             finally:
                 log.info(
                     "request hash=%s model=%s path=%s status=%d start=%s "
@@ -1257,9 +1261,6 @@ class _Relay:
         is_reusable = False
         try:
             is_reusable = self._answer(wire, head, length)
-        except ClientGone:
-            self.remark = " client left"
-            raise
         finally:
             if is_reusable:
                 self._lease.upstream.keep(connection)
@@ -1269,24 +1270,25 @@ class _Relay:
     def _exchange(self) -> tuple[Connection, Wire, Head, int]:
         """Send the request, read the answer's head; once more if a kept connection was stale."""
         for is_retry in (False, True):
-            connection = None
+            connection = self._connect(is_retry)
+            wire = Wire(connection.sock, functools.partial(self._await, connection.sock))
             try:
-                connection = self._lease.upstream.take(fresh=is_retry)
-                wire = Wire(connection.sock, functools.partial(self._await, connection.sock))
                 return (connection, wire, *self._ask(connection, wire))
-            except ClientGone:
-                self.remark = " client left"
-                self._lease.upstream.drop(cast("Connection", connection))
-                raise
-            except (OSError, MalformedMessage) as exc:
-                if connection is None and not is_retry:
-                    raise NotConnected(self._failure_words(exc)) from exc
-                was_kept = connection is not None and connection.used > 0
-                if connection is not None:
-                    self._lease.upstream.drop(connection)
-                if is_retry or not was_kept or not isinstance(exc, ConnectionError):
+            except (ClientGone, OSError, MalformedMessage) as exc:
+                self._lease.upstream.drop(connection)
+                if isinstance(exc, ClientGone):
+                    raise
+                is_stale = connection.used > 0 and isinstance(exc, ConnectionError)
+                if is_retry or not is_stale:
                     raise UpstreamFailed(self._failure_words(exc)) from exc
         raise AssertionError("unreachable: the second try returns or raises")
+
+    def _connect(self, is_retry: bool) -> Connection:
+        try:
+            return self._lease.upstream.take(fresh=is_retry)
+        except OSError as exc:
+            failure = UpstreamFailed if is_retry else NotConnected
+            raise failure(self._failure_words(exc)) from exc
 
     def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
         connection.sock.settimeout(UPSTREAM_SEND_TIMEOUT_S)

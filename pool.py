@@ -146,7 +146,7 @@ class Upstream:
         self._lock = threading.Lock()  # guards the three fields below; no I/O under it
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
-        self._is_closed = False
+        self.is_closed = False
 
     def take(self, *, fresh: bool = False) -> Connection:
         """An open connection, a kept one if there is one and not `fresh`.
@@ -163,7 +163,7 @@ class Upstream:
         sock.settimeout(None)
         connection = Connection(sock)
         with self._lock:
-            if not self._is_closed:
+            if not self.is_closed:
                 self._open.add(connection)
                 return connection
         sock.close()
@@ -175,7 +175,7 @@ class Upstream:
         connection.idle_since = time.monotonic()
         with self._lock:
             if (
-                not self._is_closed
+                not self.is_closed
                 and len(self._idle) < MAX_IDLE_CONNECTIONS
                 and connection.used < REQUESTS_PER_CONNECTION
             ):
@@ -191,7 +191,7 @@ class Upstream:
     def close(self) -> None:
         """Break every connection: who reads from one sees its end at once."""
         with self._lock:
-            self._is_closed = True
+            self.is_closed = True
             idle, self._idle = self._idle, []
             busy = self._open.difference(idle)
         for connection in idle:
@@ -236,6 +236,10 @@ class Sidecar:
         self.missed_probes = 0
         self.error: SidecarError | None = None
         self.is_restart_due = False
+
+    @property
+    def takes_work(self) -> bool:
+        return self.state is State.READY and not self.is_draining
 
     @property
     def port(self) -> int:
@@ -329,10 +333,9 @@ class Pool:
         self._sidecars: dict[str, Sidecar] = {}
         self._waiting: list[Ticket] = []  # in order of arrival
         self._histories: collections.OrderedDict[str, History] = collections.OrderedDict()
-        self._is_closed = False
         self._next_port = itertools.cycle(config.ports)
-        self._closed = threading.Event()
-        self._health_thread = winsvc.start_thread("health", self._watch_health)
+        self._closed = threading.Event()  # set under the lock; the health thread waits for it
+        winsvc.start_thread("health", self._watch_health)
 
     # --- what callers want
 
@@ -357,7 +360,7 @@ class Pool:
         with self._changed:
             self._check_open_locked()
             sidecar = self._sidecars.get(spec.hash)
-            if sidecar and sidecar.state is State.READY and not sidecar.is_draining:
+            if sidecar and sidecar.takes_work:
                 self._grant_locked(ticket, sidecar)
                 return Lease(self, sidecar, "reused", 0.0)
             if len(self._waiting) >= self.config.queue_size:
@@ -389,9 +392,9 @@ class Pool:
             sidecar.in_flight -= 1
             sidecar.last_used = time.monotonic()
             sidecar.last_used_at = time.time()
-            actions = self._decide_locked() if self._waiting or self._is_closed else []
-            if self._is_closed:
-                self._changed.notify_all()
+            actions = self._decide_locked() if self._waiting else []
+            if self.is_closed:
+                self._changed.notify_all()  # `close` waits for the last of them
         _run(actions)
 
     def remove(self, hash_: str) -> None:
@@ -446,7 +449,6 @@ class Pool:
         again, with 0, cuts the first call's wait short.
         """
         with self._changed:
-            self._is_closed = True
             self._closed.set()
             for ticket in self._waiting:
                 ticket.error = _closed_error()
@@ -466,7 +468,7 @@ class Pool:
     # --- decisions, under the lock; what they return happens after it is let go
 
     def _check_open_locked(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise _closed_error()
 
     def _is_idle_locked(self) -> bool:
@@ -484,7 +486,7 @@ class Pool:
                 continue
             hash_ = ticket.spec.hash
             sidecar = self._sidecars.get(hash_)
-            if sidecar and sidecar.state is State.READY and not sidecar.is_draining:
+            if sidecar and sidecar.takes_work:
                 self._grant_locked(ticket, sidecar)
             elif sidecar and sidecar.state is not State.STOPPING:
                 ticket.start_kind = sidecar.origin
@@ -607,7 +609,7 @@ class Pool:
                 self._waiting.remove(ticket)
             if ticket.sidecar and not ticket.is_taken:
                 ticket.sidecar.in_flight -= 1
-            actions = self._decide_locked() if not ticket.is_taken and not self._is_closed else []
+            actions = self._decide_locked() if not ticket.is_taken and not self.is_closed else []
         _run(actions)
 
     def _settled_locked(self, ticket: Ticket) -> Lease:
@@ -823,7 +825,7 @@ class Pool:
         self._move_locked(sidecar, State.GONE)
         if self._sidecars.get(sidecar.spec.hash) is sidecar:
             del self._sidecars[sidecar.spec.hash]
-        if self._is_closed:
+        if self.is_closed:
             return []
         actions = self._decide_locked()
         has_room = len(self._sidecars) < self.config.max_sidecars

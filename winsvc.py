@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 # What a child may see of our environment. LLAMA_*, GGML_*, AIP_* and HF_TOKEN are
 # left out on purpose: each of them can change a llama-server's port, model or behaviour.
@@ -65,12 +66,23 @@ def spawn(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.Pop
     return _spawner.submit(_start, list(argv), dict(environment)).result()
 
 
+def _start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        argv,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        **_apart(),
+    )
+
+
 if sys.platform == "win32":
     from ctypes import wintypes
 
     _JOB_OBJECT_EXTENDED_LIMITS = 9
     _JOB_KILL_ON_CLOSE = 0x2000
-    _PROCESS_SET_QUOTA_AND_TERMINATE = 0x0101
 
     class _BasicLimits(ctypes.Structure):
         _fields_ = [
@@ -127,16 +139,10 @@ if sys.platform == "win32":
             raise ctypes.WinError(ctypes.get_last_error())
         _jobs.append(job)  # never closed by us: Windows closes it when we end
 
-    def _start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            argv,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            creationflags=subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP,
-        )
+    def _apart() -> dict[str, Any]:
+        """Without our console and process group; `contain_children` ties it to us."""
+        flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        return {"creationflags": flags}
 
     def terminate(process: subprocess.Popen[bytes]) -> None:
         """End it. Windows has no softer way for a process without a console."""
@@ -166,17 +172,9 @@ else:
     def contain_children() -> None:
         """Nothing to do here: each child is tied to us when it is started."""
 
-    def _start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            argv,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            start_new_session=True,
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one system call, looked up before
-        )
+    def _apart() -> dict[str, Any]:
+        """In a session of its own, and yet ended with us."""
+        return {"start_new_session": True, "preexec_fn": _die_with_parent()}
 
     def _die_with_parent() -> Callable[[], None] | None:
         if sys.platform != "linux":
