@@ -6,6 +6,7 @@ and the llama-server child that the pool leases for it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -41,13 +42,18 @@ from pool import (
     Ticket,
     UpstreamFailed,
     WaitCancelled,
+    command_line,
     printable,
 )
 from validator import (
+    Body,
     FlagsRefused,
     FlagTable,
     HelpUnavailable,
+    JsonObject,
     Layer,
+    OpenedFlags,
+    Resolved,
     SidecarSpec,
     Validator,
     probe_help,
@@ -63,6 +69,7 @@ MAX_FIELDS: Final = 100
 MAX_TRAILER_BYTES: Final = 8 * 1024
 MAX_CHUNK_LINE_BYTES: Final = 1024
 MAX_PORT: Final = 65535
+MAX_AGENT_ID_CHARS: Final = 128
 RECEIVE_BYTES: Final = 64 * 1024
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
 HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
@@ -141,9 +148,58 @@ class Model:
 
     id: str
     path: Path
-    args: Layer
+    written_args: tuple[str, ...]
+    args: Layer  # the same as the catalog's validator read them
     aliases: tuple[str, ...]
     is_pinned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagRules:
+    """What the operator says of flags, whichever llama-server runs."""
+
+    base_args: tuple[str, ...] = ()
+    opened_to_agents: str = ""
+    folder: Path = Path()  # relative folders in `opened_to_agents` begin here
+    unknown_flags_for_agents: bool = False
+    share: bool = True
+
+    def opened(self, table: FlagTable) -> OpenedFlags:
+        """Raises FlagsRefused."""
+        return OpenedFlags.parse(self.opened_to_agents, table, self.folder)
+
+    def validator(self, table: FlagTable) -> Validator:
+        """Raises FlagsRefused."""
+        return Validator(
+            self.base_args,
+            table,
+            opened=self.opened(table),
+            unknown_flags_for_agents=self.unknown_flags_for_agents,
+            share=self.share,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog:
+    """The models, and what one llama-server knows of the flags they run with."""
+
+    validator: Validator
+    models: Mapping[str, Model]  # by id and by alias
+
+    def own_args(self) -> tuple[str, ...]:
+        """What the daemon sets besides model, host, port and alias."""
+        knows = self.validator.table.knows
+        no_ui = next((flag for flag in ("--no-ui", "--no-webui") if knows(flag)), "")
+        offline = "--offline" if knows("--offline") else ""
+        return tuple(filter(None, (no_ui, offline)))
+
+    def read_anew(self, validator: Validator) -> Catalog:
+        """The same models for another llama-server. Raises FlagsRefused."""
+        read = {
+            model.id: dataclasses.replace(model, args=validator.model_args(model.written_args))
+            for model in self.models.values()
+        }
+        return Catalog(validator, {name: read[model.id] for name, model in self.models.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +207,13 @@ class Config:
     """What the environment says. Seconds and bytes, as the names tell."""
 
     server_bin: Path
-    models: Mapping[str, Model]  # by id and by alias
+    server_stamp: tuple[int, ...]  # of the file that `catalog` was made for
+    catalog: Catalog
+    flag_rules: FlagRules
     bind: tuple[str, int]
     ports: range
     max_sidecars: int
     log_level: str
-    validator: Validator
     health_timeout_s: float
     health_interval_s: float
     api_key: str | None
@@ -166,6 +223,7 @@ class Config:
     max_body_bytes: int
     max_connections: int
     drain_s: float
+    isolates_agents: bool
 
 
 DEFAULT_BASE_ARGS: Final = '["-ngl","999","-c","32768","--flash-attn","on","--no-mmap"]'
@@ -187,6 +245,10 @@ DEFAULTS: Final[Mapping[str, str]] = {
     "LLAMA_SIDECAR_MAX_BODY_MB": "64",
     "LLAMA_SIDECAR_MAX_CONNECTIONS": "1024",
     "LLAMA_SIDECAR_DRAIN_SECONDS": "30",
+    "LLAMA_SIDECAR_AGENT_FLAGS": "",
+    "LLAMA_SIDECAR_UNKNOWN_FLAGS": "refuse",
+    "LLAMA_SIDECAR_SHARE": "on",
+    "LLAMA_SIDECAR_ISOLATE": "off",
 }
 LOG_LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -236,10 +298,13 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-def _yes_or_no(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise _Faulty("takes 0 or 1")
-    return text == "1"
+def _either(no: str, yes: str) -> Callable[[str], bool]:
+    def parse(text: str) -> bool:
+        if text not in (no, yes):
+            raise _Faulty(f"takes {no} or {yes}")
+        return text == yes
+
+    return parse
 
 
 def _key(text: str) -> str:
@@ -269,6 +334,10 @@ def _port_range(text: str) -> range:
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_PORT:
         raise _Faulty("takes FIRST-LAST, ports from 1 to 65535")
     return range(int(match[1]), int(match[2]) + 1)
+
+
+def _anything(text: str) -> str:
+    return text
 
 
 def _level(text: str) -> str:
@@ -308,7 +377,7 @@ def read_config(variables: Mapping[str, str]) -> Config:
     max_sidecars = env.read("MAX_SIDECARS", number(1, 64), 1)
     base_args = env.read("BASE_ARGS", _strings, list[str]())
     api_key = env.read("LLAMA_SIDECAR_API_KEY", _key, "") or None
-    is_open = env.read("LLAMA_SIDECAR_ALLOW_NO_KEY", _yes_or_no, False)
+    is_open = env.read("LLAMA_SIDECAR_ALLOW_NO_KEY", _either("0", "1"), False)
     if bind[1] in ports or len(ports) < max_sidecars:
         env.faults.append(
             f"PORT_RANGE: {ports.start}-{ports.stop - 1}: takes at least MAX_SIDECARS "
@@ -319,17 +388,28 @@ def read_config(variables: Mapping[str, str]) -> Config:
             f"LLAMA_SIDECAR_BIND: {bind[0]!r}: others can reach this address: set "
             "LLAMA_SIDECAR_API_KEY, or LLAMA_SIDECAR_ALLOW_NO_KEY=1 if that is meant"
         )
-    table = _table_of(server_bin, env.faults)
-    validator = _validator(base_args, table, env.faults)
-    models = _read_models(variables.get("MODEL_DIR_MAP_FILE", ""), validator, env.faults)
+    model_map = variables.get("MODEL_DIR_MAP_FILE", "")
+    rules = FlagRules(
+        base_args=tuple(base_args),
+        opened_to_agents=env.read("LLAMA_SIDECAR_AGENT_FLAGS", _anything, ""),
+        folder=Path(model_map).absolute().parent,
+        unknown_flags_for_agents=env.read(
+            "LLAMA_SIDECAR_UNKNOWN_FLAGS", _either("refuse", "allow"), False
+        ),
+        share=env.read("LLAMA_SIDECAR_SHARE", _either("off", "on"), True),
+    )
+    stamp = _stamp(server_bin) if server_bin else ()
+    validator = _validator(rules, _table_of(server_bin, env.faults), env.faults)
+    models = _read_models(model_map, validator, env.faults)
     config = Config(
         server_bin=server_bin or Path(),
-        models=models,
+        server_stamp=stamp,
+        catalog=Catalog(validator, models),
+        flag_rules=rules,
         bind=bind,
         ports=ports,
         max_sidecars=max_sidecars,
         log_level=env.read("LOG_LEVEL", _level, "info"),
-        validator=validator,
         health_timeout_s=env.read("HEALTH_TIMEOUT_SECONDS", seconds, 60.0),
         health_interval_s=env.read("HEALTH_INTERVAL_SECONDS", seconds, 30.0),
         api_key=api_key,
@@ -339,6 +419,7 @@ def read_config(variables: Mapping[str, str]) -> Config:
         max_body_bytes=env.read("LLAMA_SIDECAR_MAX_BODY_MB", number(1, 1024), 64) << 20,
         max_connections=env.read("LLAMA_SIDECAR_MAX_CONNECTIONS", number(1, 100_000), 1024),
         drain_s=env.read("LLAMA_SIDECAR_DRAIN_SECONDS", seconds, 30.0),
+        isolates_agents=env.read("LLAMA_SIDECAR_ISOLATE", _either("off", "agent"), False),
     )
     if env.faults:
         raise ConfigError(env.faults)
@@ -362,12 +443,62 @@ def _table_of(server_bin: Path | None, faults: list[str]) -> FlagTable:
         return FlagTable.built_in()
 
 
-def _validator(base_args: Sequence[str], table: FlagTable, faults: list[str]) -> Validator:
+def _validator(rules: FlagRules, table: FlagTable, faults: list[str]) -> Validator:
+    """As the rules say; without what is faulty in them, which is appended to `faults`."""
     try:
-        return Validator(base_args, table)
+        rules.opened(table)
+    except FlagsRefused as exc:
+        faults += [printable(f"LLAMA_SIDECAR_AGENT_FLAGS: {fault}") for fault in exc.faults]
+        rules = dataclasses.replace(rules, opened_to_agents="")
+    try:
+        return rules.validator(table)
     except FlagsRefused as exc:
         faults += [f"BASE_ARGS: {fault}" for fault in exc.faults]
         return Validator([], table)
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What changes when the file does; empty if it is not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+class LiveCatalog:
+    """The catalog for the llama-server that lies there now. Safe to share by threads."""
+
+    def __init__(self, config: Config) -> None:
+        self._server_bin = config.server_bin
+        self._rules = config.flag_rules
+        self._renewing = threading.Lock()  # held while the file is asked; guards what follows
+        self._stamp = config.server_stamp
+        self._catalog = config.catalog
+
+    def current(self) -> Catalog:
+        """Asks for --help again once the file has changed: it may then block for 30 s.
+
+        A file that cannot be asked, or that refuses what is configured, leaves
+        the catalog as it was until the file changes again.
+        """
+        stamp = _stamp(self._server_bin)
+        if stamp and stamp != self._stamp:
+            with self._renewing:
+                if stamp != self._stamp:
+                    self._catalog = self._renewed()
+                    self._stamp = stamp
+        return self._catalog
+
+    def _renewed(self) -> Catalog:
+        try:
+            table = FlagTable.built_in().for_binary(probe_help(self._server_bin))
+            catalog = self._catalog.read_anew(self._rules.validator(table))
+        except (HelpUnavailable, FlagsRefused) as exc:
+            log.warning("%s has changed, and cannot be used: %s", self._server_bin, exc)
+            return self._catalog
+        log.info("%s has changed: its flags were read again", self._server_bin)
+        return catalog
 
 
 def _read_models(file: str, validator: Validator, faults: list[str]) -> dict[str, Model]:
@@ -427,7 +558,8 @@ def _model(model_id: str, entry: object, folder: Path, validator: Validator) -> 
     if not path.is_file():
         log.warning("model %s: %s is no file, requests for it will be refused", model_id, path)
     layer = validator.model_args(args)
-    return Model(model_id, path, layer, tuple(aliases), fields.get("pinned", False))
+    is_pinned = fields.get("pinned", False)
+    return Model(model_id, path, tuple(args), layer, tuple(aliases), is_pinned)
 
 
 # --- reading HTTP: RFC 9110 and 9112, strictly
@@ -671,14 +803,19 @@ def _check_size(data: bytes) -> None:
 # --- requests
 
 KNOWN_METHODS: Final = frozenset("GET HEAD POST PUT DELETE PATCH OPTIONS".split())
-POST_ROUTES: Final = frozenset(
-    f"/v1/{name}"
-    for name in (
-        "audio/transcriptions chat/completions chat/completions/input_tokens completions "
-        "embeddings messages messages/count_tokens rerank reranking responses "
-        "responses/input_tokens"
-    ).split()
-)
+POST_ROUTES: Final[Mapping[str, Body]] = {
+    "/v1/audio/transcriptions": Body.FORM,
+    "/v1/chat/completions": Body.COMPLETION,
+    "/v1/chat/completions/input_tokens": Body.COMPLETION,
+    "/v1/completions": Body.COMPLETION,
+    "/v1/embeddings": Body.EMBEDDING,
+    "/v1/messages": Body.MESSAGES,
+    "/v1/messages/count_tokens": Body.MESSAGES,
+    "/v1/rerank": Body.RANKING,
+    "/v1/reranking": Body.RANKING,
+    "/v1/responses": Body.COMPLETION,
+    "/v1/responses/input_tokens": Body.COMPLETION,
+}
 
 
 @dataclasses.dataclass
@@ -760,8 +897,9 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
     allow_reuse_address = False  # winsvc.claim says what is right here
 
-    def __init__(self, config: Config, pool: Pool) -> None:
+    def __init__(self, config: Config, catalog: LiveCatalog, pool: Pool) -> None:
         self.config = config
+        self.catalog = catalog
         self.pool = pool
         self.started = time.monotonic()
         self._connections = 0
@@ -970,7 +1108,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _models(self) -> None:
         loaded = self.server.pool.ready_models()
-        models = dict.fromkeys(self.server.config.models.values())
+        models = dict.fromkeys(self.server.config.catalog.models.values())
         rows = [
             {
                 "id": model.id,
@@ -991,18 +1129,31 @@ class Handler(BaseHTTPRequestHandler):
     # --- the relay
 
     def _proxy(self, request: Request) -> None:
-        body = self._read_body(request)
-        model = self._model(request, body)
-        spec = self._spec(request, model)
+        work = self._work(request, self._read_body(request))
         try:
-            self._relay(request, body, model, spec)
+            self._relay(request, work)
         except NotConnected:  # it died just now, and saw nothing of this request
-            self._relay(request, body, model, spec)
+            self._relay(request, work)
 
-    def _relay(self, request: Request, body: bytes, model: Model, spec: SidecarSpec) -> None:
+    def _work(self, request: Request, body: bytes) -> _Work:
+        """Which process the request needs, and what goes to it. Raises RequestRefused."""
+        catalog = self.server.catalog.current()
+        name = self._header(request, "x-model-id")
+        parsed = None
+        if not name:
+            parsed = _json_object(body)
+            name = _model_in(parsed)
+        model = _model_called(name, catalog.models)
+        resolved = self._resolve(request, catalog.validator, model)
+        if resolved.defaults:
+            text = resolved.defaults.applied_to(parsed or _json_object(body))
+            body = text.encode("utf-8")
+        return _Work(model, resolved.spec, self._wants_exact(request), body)
+
+    def _relay(self, request: Request, work: _Work) -> None:
         begun = time.monotonic()
-        with self._lease(spec, model.is_pinned) as lease:
-            relay = _Relay(self, request, body, lease)
+        with self._lease(work) as lease:
+            relay = _Relay(self, request, work.body, lease)
             try:
                 relay.run()
             except ClientGone:
@@ -1012,9 +1163,9 @@ class Handler(BaseHTTPRequestHandler):
                 log.info(
                     "request hash=%s model=%s path=%s status=%d start=%s "
                     "wait_ms=%d ms=%d bytes=%d%s",
-                    *(spec.hash, model.id, request.path, relay.status, lease.start_kind),
-                    *(lease.wait_s * 1000, (time.monotonic() - begun) * 1000, relay.sent_bytes),
-                    relay.remark,
+                    *(lease.sidecar.spec.hash, work.model.id, request.path, relay.status),
+                    *(lease.start_kind, lease.wait_s * 1000, (time.monotonic() - begun) * 1000),
+                    *(relay.sent_bytes, relay.remark),
                 )
 
     def _read_body(self, request: Request) -> bytes:
@@ -1065,36 +1216,36 @@ class Handler(BaseHTTPRequestHandler):
             raise MalformedMessage("the connection ended within the body")
         return data
 
-    def _model(self, request: Request, body: bytes) -> Model:
-        name = self._header(request, "x-model-id") or _model_in(body)
-        model = self.server.config.models.get(name)
-        if model is None:
-            known = list(self.server.config.models)
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
-            raise RequestRefused(
-                404,
-                "model_not_found",
-                f"no model {name[:200]!r}; nearest: {', '.join(near)} (GET /v1/models lists all)",
-                param="model",
-            )
-        if not model.path.is_file():
-            raise RequestRefused(
-                404,
-                "model_not_found",
-                f"model {model.id}: its file {model.path.name} is missing; put it where "
-                "MODEL_DIR_MAP_FILE says, or change the map",
-                param="model",
-            )
-        return model
-
-    def _spec(self, request: Request, model: Model) -> SidecarSpec:
+    def _resolve(self, request: Request, validator: Validator, model: Model) -> Resolved:
         flags = self._header(request, "x-agent-flags")
+        owner = self._agent_id(request) if self.server.config.isolates_agents else ""
+        body = POST_ROUTES[request.path]
         try:
-            return self.server.config.validator.spec(model.id, model.path, model.args, flags)
+            return validator.resolve(
+                model.id, model.path, model.args, flags, body=body, owner=owner
+            )
         except FlagsRefused as exc:
             raise RequestRefused(
                 400, "invalid_flags", " ".join(exc.faults), param="X-Agent-Flags"
             ) from exc
+
+    def _agent_id(self, request: Request) -> str:
+        agent_id = self._header(request, "x-agent-id") or ""
+        if len(agent_id) > MAX_AGENT_ID_CHARS or not agent_id.isprintable():
+            raise RequestRefused(
+                *(400, "invalid_header"),
+                f"X-Agent-Id takes at most {MAX_AGENT_ID_CHARS} printable characters",
+                param="X-Agent-Id",
+            )
+        return agent_id
+
+    def _wants_exact(self, request: Request) -> bool:
+        wish = self._header(request, "x-sidecar-exact") or "0"
+        if wish not in ("0", "1"):
+            raise RequestRefused(
+                400, "invalid_header", "X-Sidecar-Exact takes 0 or 1", param="X-Sidecar-Exact"
+            )
+        return wish == "1" or not self.server.config.flag_rules.share
 
     def _header(self, request: Request, name: str) -> str | None:
         """One of our own headers, as UTF-8. Raises RequestRefused."""
@@ -1102,12 +1253,13 @@ class Handler(BaseHTTPRequestHandler):
             value = request.head.get(name)
             return value if value is None else value.encode("latin-1").decode("utf-8")
         except (MalformedMessage, UnicodeDecodeError):
-            code = "invalid_flags" if name == "x-agent-flags" else "missing_model"
             raise RequestRefused(
-                400, code, f"{name} takes one value in UTF-8, once", param=name
+                *(400, HEADER_FAULTS.get(name, "invalid_header")),
+                f"{_titled(name)} takes one value in UTF-8, once",
+                param=_titled(name),
             ) from None
 
-    def _lease(self, spec: SidecarSpec, pinned: bool) -> Lease:
+    def _lease(self, work: _Work) -> Lease:
         with contextlib.ExitStack() as stack:
 
             def on_wait(ticket: Ticket) -> None:
@@ -1116,10 +1268,14 @@ class Handler(BaseHTTPRequestHandler):
 
             try:
                 return self.server.pool.lease(
-                    spec, self.server.config.queue_s, pinned=pinned, on_wait=on_wait
+                    work.spec,
+                    self.server.config.queue_s,
+                    pinned=work.model.is_pinned,
+                    exact=work.is_exact,
+                    on_wait=on_wait,
                 )
             except WaitCancelled:
-                log.info("request hash=%s left while it waited", spec.hash)
+                log.info("request hash=%s left while it waited", work.spec.hash)
                 raise ClientGone from None
 
     # --- answering
@@ -1173,14 +1329,30 @@ class Handler(BaseHTTPRequestHandler):
                 seen += len(data)
 
 
-def _model_in(body: bytes) -> str:
-    """The `model` of a JSON body. Raises RequestRefused."""
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What one request comes to."""
+
+    model: Model
+    spec: SidecarSpec
+    is_exact: bool  # no process but one of exactly this spec will do
+    body: bytes  # for the child
+
+
+HEADER_FAULTS: Final = {"x-agent-flags": "invalid_flags", "x-model-id": "missing_model"}
+
+
+def _json_object(body: bytes) -> JsonObject:
+    """Raises RequestRefused."""
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as exc:
-        reason = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)
-        raise RequestRefused(400, "invalid_json", f"the body is no JSON: {reason}") from exc
-    name = value.get("model") if isinstance(value, dict) else None
+        return JsonObject(body.decode("utf-8-sig"))
+    except ValueError as exc:
+        raise RequestRefused(400, "invalid_json", f"the body is no JSON object: {exc}") from exc
+
+
+def _model_in(body: JsonObject) -> str:
+    """The body's `model`. Raises RequestRefused."""
+    name = body.values.get("model")
     if not isinstance(name, str) or not name:
         raise RequestRefused(
             400,
@@ -1189,6 +1361,29 @@ def _model_in(body: bytes) -> str:
             param="model",
         )
     return name
+
+
+def _model_called(name: str, models: Mapping[str, Model]) -> Model:
+    """Raises RequestRefused."""
+    model = models.get(name)
+    if model is None:
+        known = list(models)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
+        raise RequestRefused(
+            404,
+            "model_not_found",
+            f"no model {name[:200]!r}; nearest: {', '.join(near)} (GET /v1/models lists all)",
+            param="model",
+        )
+    if not model.path.is_file():
+        raise RequestRefused(
+            404,
+            "model_not_found",
+            f"model {model.id}: its file {model.path.name} is missing; put it where "
+            "MODEL_DIR_MAP_FILE says, or change the map",
+            param="model",
+        )
+    return model
 
 
 def _date() -> str:
@@ -1456,9 +1651,10 @@ def serve(config: Config) -> None:
         signal.signal(signum, lambda number, _frame: stops.put(number))
     winsvc.contain_children()
     with winsvc.private_dir() as private_dir:
-        pool = Pool(_pool_config(config, Path(private_dir)))
+        catalog = LiveCatalog(config)
+        pool = Pool(_pool_config(config, catalog, Path(private_dir)))
         try:
-            server = Server(config, pool)
+            server = Server(config, catalog, pool)
         except OSError:
             pool.close(0)
             raise
@@ -1492,10 +1688,7 @@ def _next(stops: queue.SimpleQueue[int]) -> int:
             return stops.get(timeout=0.5)
 
 
-def _pool_config(config: Config, private_dir: Path) -> PoolConfig:
-    knows = config.validator.table.knows
-    own_args = [next((flag for flag in ("--no-ui", "--no-webui") if knows(flag)), "")]
-    own_args += ["--offline"] if knows("--offline") else []
+def _pool_config(config: Config, catalog: LiveCatalog, private_dir: Path) -> PoolConfig:
     return PoolConfig(
         server_bin=config.server_bin,
         ports=config.ports,
@@ -1504,33 +1697,122 @@ def _pool_config(config: Config, private_dir: Path) -> PoolConfig:
         load_silence_s=config.health_timeout_s,
         health_interval_s=config.health_interval_s,
         private_dir=private_dir,
-        own_args=tuple(filter(None, own_args)),
+        own_args=lambda: catalog.current().own_args(),
     )
 
 
-USAGE: Final = """\
-usage: llama-sidecar [--help | --version]
-
-Without arguments it runs the daemon, configured by environment variables:
-"""
+# --- the command `check`
 
 
-def usage() -> str:
+def check_all(config: Config) -> int:
+    """Say what every model entry comes to; 2 if one cannot be served."""
+    catalog = config.catalog
+    known = {s.flag.name for s in catalog.validator.table.spellings.values() if s.spoken}
+    print(f"llama-server  {config.server_bin} (it knows {len(known)} flags)")
+    missing = 0
+    for model in dict.fromkeys(catalog.models.values()):
+        resolved = catalog.validator.resolve(model.id, model.path, model.args)
+        is_there = model.path.is_file()
+        missing += not is_there
+        state = "" if is_there else " is no file"
+        print(f"model         {printable(model.id)} {resolved.spec.hash} {model.path}{state}")
+        for remark in resolved.remarks:
+            print(f"note          {printable(remark)}")
+    return 2 if missing else 0
+
+
+def check_one(config: Config, options: argparse.Namespace) -> int:
+    """Say what one request would come to, and start nothing; 2 if it is refused."""
+    catalog = config.catalog
+    try:
+        model = _model_called(options.model, catalog.models)
+        resolved = catalog.validator.resolve(
+            *(model.id, model.path, model.args, options.flags),
+            body=POST_ROUTES[options.endpoint],
+            owner=options.agent_id if config.isolates_agents else "",
+        )
+    except RequestRefused as exc:
+        return _print_checked({"refused": [exc.message]}, options.json)
+    except FlagsRefused as exc:
+        return _print_checked({"model": model.id, "refused": list(exc.faults)}, options.json)
+    spec = resolved.spec
+    command = command_line(config.server_bin, spec, config.ports[0], catalog.own_args())
+    found = {
+        "model": model.id,
+        "hash": spec.hash,
+        "command": command,
+        "request": json.loads(resolved.defaults.applied_to(JsonObject("{}"))),
+        "notes": list(resolved.remarks),
+        "refused": [],
+    }
+    return _print_checked(found, options.json)
+
+
+def _print_checked(found: Mapping[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(found))
+        return 2 if found["refused"] else 0
+    for name, value in found.items():
+        if name == "command":
+            print(f"command  {winsvc.quoted_command(value)}")
+        elif name == "request":
+            print(f"request  {json.dumps(value)}")
+        elif isinstance(value, str):
+            print(f"{name:8} {printable(value)}")
+        else:
+            for line in value:
+                print(f"{name.removesuffix('s'):8} {printable(line)}")
+    return 2 if found["refused"] else 0
+
+
+# --- the command line
+
+
+def _parser() -> argparse.ArgumentParser:
     rows = [f"  {name:32} {value or '(none)'}" for name, value in DEFAULTS.items()]
-    return USAGE + "\n".join(rows)
+    parser = argparse.ArgumentParser(
+        prog="llama-sidecar",
+        description="Without a command it runs the daemon, configured by environment variables.",
+        epilog="\n".join(["environment variables and their defaults:", *rows]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"llama-sidecar {__version__}")
+    check = parser.add_subparsers(dest="command", metavar="COMMAND").add_parser(
+        "check",
+        help="say what would run, and start nothing",
+        description="Without --model it judges the whole configuration and every model entry. "
+        "With it, what one request would run: the command line, its hash, what travels in the "
+        "request instead, what became something else, what is refused. Exits with 0, or with "
+        "2 if something cannot be used.",
+    )
+    check.add_argument("--model", metavar="ID", help="a model id or alias of the map")
+    check.add_argument("--flags", metavar="TEXT", default="", help="as in X-Agent-Flags")
+    check.add_argument(
+        "--endpoint",
+        choices=POST_ROUTES,
+        default="/v1/chat/completions",
+        metavar="PATH",
+        help="which request it is (default: %(default)s)",
+    )
+    check.add_argument("--agent-id", metavar="ID", default="", help="as in X-Agent-Id")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _flags_joined(argv: Sequence[str]) -> list[str]:
+    """`--flags -fa` as `--flags=-fa`: argparse takes a lone -fa for an option of its own."""
+    joined: list[str] = []
+    for word in argv:
+        if joined[-1:] == ["--flags"]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def main(argv: Sequence[str]) -> int:
     """0 after an orderly end, 2 if the arguments or the environment cannot be used."""
-    if list(argv) in (["--help"], ["-h"]):
-        print(usage())
-        return 0
-    if list(argv) == ["--version"]:
-        print(f"llama-sidecar {__version__}")
-        return 0
-    if argv:
-        print(f"llama-sidecar: unknown argument {argv[0]!r}\n{usage()}", file=sys.stderr)
-        return 2
+    options = _parser().parse_args(_flags_joined(argv))
     set_up_logging("info")
     try:
         config = read_config(os.environ)
@@ -1539,6 +1821,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"llama-sidecar: {fault}", file=sys.stderr)
         return 2
     set_up_logging(config.log_level)
+    if options.command == "check":
+        return check_one(config, options) if options.model else check_all(config)
     try:
         serve(config)
     except OSError as exc:

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -125,7 +125,7 @@ class PoolConfig:
     health_interval_s: float
     private_dir: Path
     fair_wait_s: float = FAIR_WAIT_S
-    own_args: tuple[str, ...] = ()  # what the daemon itself sets besides model, host, port, alias
+    own_args: Callable[[], Sequence[str]] = tuple  # what the daemon sets besides the spec
 
 
 class Connection:
@@ -290,6 +290,7 @@ class Ticket:
     spec: SidecarSpec
     is_pinned: bool
     arrived: float
+    is_exact: bool = False  # only a sidecar of this very spec will do
     start_kind: str = "reused"
     sidecar: Sidecar | None = None
     error: SidecarError | None = None
@@ -345,21 +346,23 @@ class Pool:
         timeout_s: float,
         *,
         pinned: bool = False,
+        exact: bool = False,
         on_wait: Callable[[Ticket], None] | None = None,
     ) -> Lease:
         """Hold a READY sidecar for `spec`, starting one if none is up.
 
-        Blocks for at most `timeout_s` seconds, loading the model included. If it
+        Unless `exact`, one that is alive and differs only by a larger context
+        will do. Blocks for at most `timeout_s` seconds, loading the model included. If it
         must wait at all, `on_wait` gets the ticket first, with which `cancel`
         ends the wait; the load itself goes on.
 
         Raises LoadFailed or LoadTimeout if the child cannot start, PoolBusy after
         `timeout_s`, QueueFull, PoolClosed, or WaitCancelled.
         """
-        ticket = Ticket(spec, pinned, time.monotonic())
+        ticket = Ticket(spec, pinned, time.monotonic(), exact)
         with self._changed:
             self._check_open_locked()
-            sidecar = self._sidecars.get(spec.hash)
+            sidecar = self._serving_locked(ticket)
             if sidecar and sidecar.takes_work:
                 self._grant_locked(ticket, sidecar)
                 return Lease(self, sidecar, "reused", 0.0)
@@ -485,7 +488,7 @@ class Pool:
             if ticket.is_settled:
                 continue
             hash_ = ticket.spec.hash
-            sidecar = self._sidecars.get(hash_)
+            sidecar = self._serving_locked(ticket)
             if sidecar and sidecar.takes_work:
                 self._grant_locked(ticket, sidecar)
             elif sidecar and sidecar.state is not State.STOPPING:
@@ -511,9 +514,27 @@ class Pool:
         self._changed.notify_all()
         return actions
 
+    def _serving_locked(self, ticket: Ticket) -> Sidecar | None:
+        """The sidecar whose turn the ticket waits for, if there is one.
+
+        Its own, or while that is not up one that is alive with a larger context:
+        of several one that is ready, then the smallest.
+        """
+        own = self._sidecars.get(ticket.spec.hash)
+        if ticket.is_exact or (own and own.state is not State.STOPPING):
+            return own
+        larger = (
+            s
+            for s in self._sidecars.values()
+            if s.state in (State.STARTING, State.READY)
+            and not s.is_draining
+            and s.spec.can_serve(ticket.spec)
+        )
+        return min(larger, key=lambda s: (s.state is not State.READY, s.spec.context), default=own)
+
     def _end_drains_locked(self) -> None:
         """Let drained sidecars take work again once nobody needs room any more."""
-        if all(t.is_settled or t.spec.hash in self._sidecars for t in self._waiting):
+        if all(t.is_settled or self._serving_locked(t) for t in self._waiting):
             for sidecar in self._sidecars.values():
                 sidecar.is_draining = False
 
@@ -624,7 +645,7 @@ class Pool:
     def _too_long_locked(self, ticket: Ticket, timeout_s: float) -> SidecarError:
         retry_s = self._expected_load_locked(ticket.spec)
         model = ticket.spec.model_id
-        if ticket.spec.hash in self._sidecars:
+        if self._serving_locked(ticket):
             return LoadTimeout(
                 f"{model} is still loading after {timeout_s:g} s; the load goes on, ask again",
                 retry_after_s=retry_s,
@@ -660,13 +681,7 @@ class Pool:
         """Start the process on a free port; False if it is no longer wanted."""
         upstream = Upstream(self._free_port(), sidecar.upstream.api_key)
         spec = sidecar.spec
-        argv = [
-            str(self.config.server_bin),
-            *("-m", str(spec.model_path), "--alias", spec.model_id.replace(",", "_")),
-            *("--host", "127.0.0.1", "--port", str(upstream.port)),
-            *self.config.own_args,
-            *spec.args,
-        ]
+        argv = command_line(self.config.server_bin, spec, upstream.port, self.config.own_args())
         environment = winsvc.child_environment(
             self.config.private_dir, {"LLAMA_API_KEY": upstream.api_key}
         )
@@ -852,6 +867,15 @@ class Pool:
                 sidecar.is_restart_due = True
                 actions = self._begin_stop_locked(sidecar, "it does not answer")
         _run(actions)
+
+
+def command_line(
+    server_bin: Path, spec: SidecarSpec, port: int, own_args: Sequence[str]
+) -> list[str]:
+    """What is run for a spec; the key goes by the environment."""
+    alias = spec.model_id.replace(",", "_")  # a comma would begin a second one
+    own = ["--host", "127.0.0.1", "--port", str(port), *own_args]
+    return [str(server_bin), "-m", str(spec.model_path), "--alias", alias, *own, *spec.args]
 
 
 def _run(actions: Iterable[Action]) -> None:

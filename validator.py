@@ -2,7 +2,8 @@
 
 Operators write flags into BASE_ARGS and a model's `args`, agents into the
 header X-Agent-Flags. Every spelling becomes one canonical form, what must not
-be said is refused in words, and equal settings end in equal hashes.
+be said is refused in words, and equal settings end in equal hashes. What an
+agent's flags say of a request rather than of a process goes into the request.
 
 What is known of llama-server's own flags stands in flags.json; `FlagTable`
 cuts and widens it to what one binary names in its --help.
@@ -33,11 +34,16 @@ MAX_TOKENS: Final = 256
 MAX_TOKEN_CHARS: Final = 16 * 1024
 MAX_FAULTS: Final = 24  # in one message; the rest is counted
 MAX_HELP_BYTES: Final = 1024 * 1024
+MAX_LIFTED_FILE_BYTES: Final = 256 * 1024  # a longer grammar is left to llama-server
 
 # CreateProcess takes 32,767 characters with the closing NUL. Three quarters of
 # it are the agent's; the rest holds the program, the model and the base args.
 WINDOWS_COMMAND_LINE_CHARS: Final = 32_766
 AGENT_COMMAND_LINE_CHARS: Final = 24_576
+_RESERVED_CHARS: Final = 2_048  # for the program, the model and what the daemon adds
+
+_CTX_SIZE: Final = "--ctx-size"
+_KWARGS: Final = "chat_template_kwargs"
 
 _SLOTS_BY_DEFAULT: Final = 4  # tools/server/server.cpp, where --parallel is not given or -1
 
@@ -90,12 +96,68 @@ class SidecarSpec:
     model_path: Path
     args: tuple[str, ...]  # canonical flags, daemon-owned ones excluded
     identity: tuple[str, ...]  # the same without flags that never split the pool
+    kin: tuple[str, ...] = ()  # the identity without --ctx-size
+    context: int = 0  # tokens of --ctx-size; 0 where it is not given or the model's own
+    owner: str = ""  # the agent that has it for itself; empty: it is shared
 
     @functools.cached_property
     def hash(self) -> str:
         """First 12 hex digits of SHA-256 over model id and identity, not the path."""
-        text = json.dumps([self.model_id, *self.identity], ensure_ascii=True)
+        own = ["", self.owner] if self.owner else []  # no flag is empty, so nothing else ends so
+        text = json.dumps([self.model_id, *self.identity, *own], ensure_ascii=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+    def can_serve(self, other: "SidecarSpec") -> bool:
+        """Whether it is what `other` asks for but for a larger context."""
+        return (
+            self.context > other.context > 0
+            and self.kin == other.kin
+            and self.model_id == other.model_id
+            and self.owner == other.owner
+        )
+
+
+class Body(enum.Enum):
+    """What kind of body a route takes, and so which request fields it can carry."""
+
+    COMPLETION = "completion"
+    MESSAGES = "messages"
+    EMBEDDING = "embedding"
+    RANKING = "ranking"
+    FORM = "form"
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestDefaults:
+    """What an agent's flags say of its requests: JSON text by the name of the field."""
+
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.fields)
+
+    def applied_to(self, body: "JsonObject") -> str:
+        """The body with each field that it lacks; all else stays letter by letter.
+
+        The body wins over a default, and null counts as absent. Rules and
+        precedence: llama.cpp's tools/server/server-schema.cpp, server-common.cpp.
+        """
+        added = {}
+        for field, text in self.fields.items():
+            if field == _KWARGS:
+                text = _merged_kwargs(text, body)
+            if text and not _is_settled(field, body):
+                added[field] = text
+        return body.with_members(added)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What a model and a header come to."""
+
+    spec: SidecarSpec
+    defaults: RequestDefaults
+    remarks: tuple[str, ...] = ()  # one sentence each on what became something else
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,6 +182,7 @@ class Flag:
     reason: str = ""
     path: str | None = None  # the shape of a value that names files
     body: str | None = None  # the request field that does the same
+    body_as: str = ""  # a key of _AS_JSON where the field takes another form
     identity: bool = True  # False: two processes that differ in it are alike
     strip: bool = False  # taken, and left off the command line
     translate: tuple[str, ...] = ()  # what newer builds call it
@@ -153,6 +216,10 @@ class Setting(NamedTuple):
     spoken: str
     values: tuple[str, ...]
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (self.spoken, *self.values)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
@@ -164,6 +231,7 @@ class Layer:
     settings: tuple[Setting, ...] = ()
     voids: frozenset[str] = frozenset()  # flags of earlier layers it makes void
     touches_files: bool = False  # its validity hangs on what lies on the disk
+    remarks: tuple[str, ...] = ()
 
 
 class Validator:
@@ -176,13 +244,18 @@ class Validator:
         *,
         opened: "OpenedFlags | None" = None,
         unknown_flags_for_agents: bool = False,
+        share: bool = True,
     ) -> None:
-        """Raises FlagsRefused if `base_args` cannot be used."""
+        """`share` lets agents differ in request-level flags and share a process.
+
+        Raises FlagsRefused if `base_args` cannot be used.
+        """
         self.table = table or FlagTable.built_in()
         self._opened = opened or OpenedFlags()
         self._unknown_flags_for_agents = unknown_flags_for_agents
+        self._share = share
         self._base = self._operators_layer(base_args)
-        self._recent = _RecentSpecs()
+        self._recent = _RecentlyResolved()
 
     def model_args(self, args: Sequence[str]) -> Layer:
         """Read an operator's `args` of one model.
@@ -190,26 +263,42 @@ class Validator:
         Raises FlagsRefused if they, or they on top of the base args, cannot be used.
         """
         layer = self._operators_layer(args)
-        _refuse(_clashes(_merged(self._base, layer)))
+        merged = _merged(self._base, layer)
+        _refuse([*_clashes(merged), *_length_faults(merged)])
         return layer
 
-    def spec(
-        self, model_id: str, model_path: Path, model_args: Layer, header: str | None = None
-    ) -> SidecarSpec:
-        """What runs for a request with this raw X-Agent-Flags text.
+    def resolve(
+        self,
+        model_id: str,
+        model_path: Path,
+        model_args: Layer,
+        header: str | None = None,
+        *,
+        body: Body = Body.COMPLETION,
+        owner: str = "",
+    ) -> Resolved:
+        """What runs for a request with this raw X-Agent-Flags text, and what it is given.
 
-        Raises FlagsRefused with every fault of the header.
+        `owner` names the agent that wants a process of its own. Raises
+        FlagsRefused with every fault of the header.
         """
         header = header or ""
-        key = (model_id, model_path, model_args, header)
+        key = (model_id, model_path, model_args, header, body, owner)
         known = self._recent.get(key)
         if known is not None:
             return known
         agents = self._agents_layer(header)
-        spec = _spec(model_id, model_path, _merged(self._base, model_args, agents))
+        operators = _merged(self._base, model_args)
+        kept, defaults = _lifted(agents, operators, body) if self._share else (agents, None)
+        remarks = (*self._base.remarks, *model_args.remarks, *agents.remarks)
+        resolved = Resolved(
+            _spec(model_id, model_path, _merged(self._base, model_args, kept), owner),
+            defaults or RequestDefaults(),
+            remarks,
+        )
         if not agents.touches_files and len(header) <= _CACHED_HEADER_CHARS:
-            self._recent.put(key, spec)
-        return spec
+            self._recent.put(key, resolved)
+        return resolved
 
     def _operators_layer(self, args: Sequence[str]) -> Layer:
         _refuse(_operator_text_faults(args))
@@ -223,36 +312,59 @@ class Validator:
         return reader.read(tokens)
 
 
-class _RecentSpecs:
-    """The specs of the headers seen last, so that a repeated one costs a look-up."""
+class _RecentlyResolved:
+    """What the headers seen last came to, so that a repeated one costs a look-up."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _specs
-        self._specs: OrderedDict[tuple[object, ...], SidecarSpec] = OrderedDict()
+        self._lock = threading.Lock()  # guards _known
+        self._known: OrderedDict[tuple[object, ...], Resolved] = OrderedDict()
 
-    def get(self, key: tuple[object, ...]) -> SidecarSpec | None:
+    def get(self, key: tuple[object, ...]) -> Resolved | None:
         with self._lock:
-            spec = self._specs.get(key)
-            if spec is not None:
-                self._specs.move_to_end(key)
-            return spec
+            resolved = self._known.get(key)
+            if resolved is not None:
+                self._known.move_to_end(key)
+            return resolved
 
-    def put(self, key: tuple[object, ...], spec: SidecarSpec) -> None:
+    def put(self, key: tuple[object, ...], resolved: Resolved) -> None:
         with self._lock:
-            self._specs[key] = spec
-            if len(self._specs) > _CACHED_SPECS:
-                self._specs.popitem(last=False)
+            self._known[key] = resolved
+            if len(self._known) > _CACHED_SPECS:
+                self._known.popitem(last=False)
 
 
 # --- Several layers become one process
 
 
-def _spec(model_id: str, model_path: Path, settings: Sequence[Setting]) -> SidecarSpec:
-    _refuse(_clashes(settings))
+def _spec(model_id: str, model_path: Path, settings: Sequence[Setting], owner: str) -> SidecarSpec:
+    _refuse([*_clashes(settings), *_length_faults(settings)])
     ordered = _in_canonical_order(settings)
-    args = [word for s in ordered for word in (s.spoken, *s.values)]
-    identity = [word for s in ordered if s.flag.identity for word in (s.name, *s.values)]
-    return SidecarSpec(model_id, model_path, tuple(args), tuple(identity))
+    deciding = [s for s in ordered if s.flag.identity]
+    return SidecarSpec(
+        model_id,
+        model_path,
+        args=tuple([word for s in ordered for word in s.words]),
+        identity=_canonical_words(deciding),
+        kin=_canonical_words(s for s in deciding if s.name != _CTX_SIZE),
+        context=sum(int(s.values[0]) for s in deciding if s.name == _CTX_SIZE),
+        owner=owner,
+    )
+
+
+def _canonical_words(settings: Iterable[Setting]) -> tuple[str, ...]:
+    return tuple([word for s in settings for word in (s.name, *s.values)])
+
+
+def _length_faults(settings: Sequence[Setting]) -> list[str]:
+    words = [word for s in settings for word in s.words]
+    if not _is_longer_than(words, WINDOWS_COMMAND_LINE_CHARS - _RESERVED_CHARS):
+        return []
+    fault = (
+        "All flags together, BASE_ARGS and the model's args included, are longer than the "
+        f"{WINDOWS_COMMAND_LINE_CHARS} characters of a Windows command line, of which "
+        f"{_RESERVED_CHARS} are kept for the program and the model."
+    )
+    return [fault]
 
 
 def _merged(*layers: Layer) -> list[Setting]:
@@ -264,7 +376,7 @@ def _merged(*layers: Layer) -> list[Setting]:
     return merged
 
 
-def _layer(settings: Sequence[Setting], touches_files: bool) -> Layer:
+def _layer(settings: Sequence[Setting], touches_files: bool, remarks: Sequence[str] = ()) -> Layer:
     """Drop what a later setting of the same author makes void.
 
     Repeats that add up stay: they replace those of earlier layers only.
@@ -277,7 +389,7 @@ def _layer(settings: Sequence[Setting], touches_files: bool) -> Layer:
             kept.append(setting)
         voids.add(flag.name)
         voids |= flag.removes
-    return Layer(tuple(reversed(kept)), frozenset(voids), touches_files)
+    return Layer(tuple(reversed(kept)), frozenset(voids), touches_files, tuple(remarks))
 
 
 def _in_canonical_order(settings: Sequence[Setting]) -> list[Setting]:
@@ -353,6 +465,361 @@ def _refuse(faults: Sequence[str]) -> None:
         raise FlagsRefused(faults)
 
 
+# --- What flags say of a request goes into the request
+
+
+def _lifted(
+    agents: Layer, operators: Sequence[Setting], body: Body
+) -> tuple[Layer, RequestDefaults]:
+    """Part an agent's settings: what its process needs, and what its requests carry.
+
+    An operator's settings stay on the command line, where they split nothing:
+    every agent of the model has them. A setting that the body cannot say, or
+    cannot say instead of the operator's, stays on the command line too.
+    """
+    if not any(s.flag.body for s in agents.settings):
+        return agents, RequestDefaults()
+    unescape = _unescaped if _reads_escapes([*operators, *agents.settings]) else str
+    kept = {s.flag.name for s in agents.settings if not s.flag.body}
+    texts: list[str] = []
+    for setting in agents.settings:
+        texts.append("")
+        try:
+            if setting.flag.body:
+                texts[-1] = _json_text(setting, operators, body, unescape)
+        except _Unsayable:
+            kept.add(setting.flag.name)
+    fields: dict[str, str] = {}
+    for setting, text in zip(agents.settings, texts, strict=True):
+        if text and setting.flag.name not in kept:
+            _add_field(fields, setting.flag, text, body)
+    staying = [s for s in agents.settings if s.flag.name in kept]
+    return _layer(staying, agents.touches_files), RequestDefaults(fields)
+
+
+class _Unsayable(Exception):
+    """A request cannot say what the setting says."""
+
+
+_NOTHING: Final = ""  # said by leaving the field out
+
+
+def _json_text(
+    setting: Setting, operators: Sequence[Setting], body: Body, unescape: Callable[[str], str]
+) -> str:
+    """The value of the setting's field, _NOTHING if none is needed. Raises _Unsayable."""
+    flag = setting.flag
+    field = _field_in(body, _root(flag))
+    if field is None:
+        raise _Unsayable
+    if field == _NOTHING:
+        return _NOTHING
+    text = _AS_JSON[flag.body_as or (flag.takes[0] if flag.takes else "switch")](setting, unescape)
+    if any(_cannot_replace(setting, theirs, text) for theirs in operators):
+        raise _Unsayable
+    return text
+
+
+def _root(flag: Flag) -> str:
+    return str(flag.body).partition(".")[0]
+
+
+def _cannot_replace(setting: Setting, theirs: Setting, text: str) -> bool:
+    """Whether an operator's setting would show through the request's field."""
+    flag, name = setting.flag, theirs.flag.name
+    if flag.name == "--logit-bias" and name == "--ignore-eos":
+        return True  # it is a list of biases too, and a request's list takes its place
+    if name != flag.name and name not in flag.removes:
+        return False
+    return text == _NOTHING or flag.body == _KWARGS or theirs.flag.body != flag.body
+
+
+def _add_field(fields: dict[str, str], flag: Flag, text: str, body: Body) -> None:
+    name = _field_in(body, _root(flag)) or ""
+    if name == _KWARGS:
+        key = str(flag.body).partition(".")[2]
+        added = {key: text} if key else JsonObject(text).texts()
+        fields[name] = _json_members(JsonObject(fields.get(name, "{}")).texts() | added)
+        if "reasoning_effort" in added:
+            fields.pop("reasoning_effort", None)
+    elif flag.accumulates:
+        before = fields.get(name, "[]")[1:-1]
+        fields[name] = f"[{before},{text}]" if before else f"[{text}]"
+    else:
+        fields[name] = text
+
+
+def _json_members(texts: Mapping[str, str]) -> str:
+    return "{" + ",".join(f"{json.dumps(name)}:{text}" for name, text in texts.items()) + "}"
+
+
+_EMBEDDING_ONLY: Final = "embd_normalize"
+_IN_MESSAGES: Final = {  # server_chat_convert_anthropic_to_oai in tools/server/server-chat.cpp
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "stop": "stop_sequences",
+    _KWARGS: _KWARGS,
+}
+
+
+def _field_in(body: Body, field: str) -> str | None:
+    """What a field is called in a body of this kind.
+
+    _NOTHING where it would change no answer, None where it cannot be said.
+    """
+    if field == _EMBEDDING_ONLY:
+        return field if body is Body.EMBEDDING else _NOTHING
+    if body is Body.COMPLETION:
+        return field
+    if body is Body.MESSAGES:
+        return _IN_MESSAGES.get(field)
+    return None if body is Body.FORM else _NOTHING
+
+
+def _reads_escapes(settings: Sequence[Setting]) -> bool:
+    """--escape, on by default: what a backslash and a letter mean in stop texts."""
+    said = [s.name for s in settings if s.flag.name == "--escape"]
+    return not said or said[-1] == "--escape"
+
+
+_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
+_ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"'": b"'", b'"': b'"', b"\\": b"\\"}
+
+
+def _unescaped(text: str) -> str:
+    """As string_process_escapes in llama.cpp's common/common.cpp. Raises _Unsayable."""
+
+    def replaced(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        if code.startswith(b"x"):
+            if len(code) == 1:
+                raise _Unsayable  # strtol takes more than digits
+            return bytes([int(code[1:], 16)])
+        return _ESCAPED.get(code, match[0])
+
+    try:
+        return _ESCAPE.sub(replaced, text.encode("utf-8")).decode("utf-8")
+    except UnicodeDecodeError:
+        raise _Unsayable from None
+
+
+_SAMPLER_NAMES = frozenset(
+    "penalties dry top_n_sigma top_k typ_p top_p min_p xtc temperature adaptive_p infill".split()
+)
+
+AsJson = Callable[[Setting, Callable[[str], str]], str]
+
+
+def _as_written(setting: Setting, _unescape: object) -> str:
+    return setting.values[0]
+
+
+def _as_switch(setting: Setting, _unescape: object) -> str:
+    return "true" if setting.name == setting.flag.name else "false"
+
+
+def _as_text(setting: Setting, _unescape: object) -> str:
+    return json.dumps(setting.values[0])
+
+
+def _as_item(setting: Setting, unescape: Callable[[str], str]) -> str:
+    """One of several texts. Where none is named, or "none", no request can say so."""
+    if not setting.values[0] or setting.values == ("none",):
+        raise _Unsayable
+    return json.dumps(unescape(setting.values[0]))
+
+
+def _as_names(setting: Setting, _unescape: object) -> str:
+    names = setting.values[0].split(";")
+    if not _SAMPLER_NAMES.issuperset(names):
+        raise _Unsayable  # other names are known to the command line only, in some builds
+    return json.dumps(names)
+
+
+def _as_seed(setting: Setting, _unescape: object) -> str:
+    return str(int(setting.values[0]) % 2**32)
+
+
+def _as_bias(setting: Setting, _unescape: object) -> str:
+    found = _LOGIT_BIAS.fullmatch(setting.values[0])
+    assert found is not None  # it is canonical
+    sign = -1.0 if found[2] == "-" else 1.0
+    return f"[{found[1]},{_shortest(sign * float(found[3]))}]"
+
+
+def _as_thinking(setting: Setting, _unescape: object) -> str:
+    return {"on": "true", "off": "false"}.get(setting.values[0], _NOTHING)
+
+
+def _as_effort(setting: Setting, _unescape: object) -> str:
+    (level,) = setting.values
+    if level in ("none", ""):
+        raise _Unsayable  # of a request it would mean: do not think
+    return _NOTHING if level == "default" else json.dumps(level)
+
+
+def _as_budget(setting: Setting, _unescape: object) -> str:
+    return _NOTHING if setting.values[0] == "-1" else setting.values[0]
+
+
+def _as_file(setting: Setting, _unescape: object) -> str:
+    return json.dumps(_file_text(setting.values[0]))
+
+
+def _as_json_file(setting: Setting, _unescape: object) -> str:
+    text = _file_text(setting.values[0])
+    try:
+        return JsonObject(text).text.strip(_JSON_BLANKS)
+    except ValueError:
+        raise _Unsayable from None
+
+
+def _file_text(name: str) -> str:
+    """What the file holds, to be sent instead of its name. Raises _Unsayable."""
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(MAX_LIFTED_FILE_BYTES + 1)
+        text = data.decode("utf-8")
+    except (OSError, ValueError):
+        raise _Unsayable from None
+    if len(data) > MAX_LIFTED_FILE_BYTES or not text:
+        raise _Unsayable
+    return text
+
+
+_AS_JSON: Final[Mapping[str, AsJson]] = {
+    "switch": _as_switch,
+    "int": _as_written,
+    "float": _as_written,
+    "json-object": _as_written,
+    "choice": _as_text,
+    "text": _as_text,
+    "texts": _as_item,
+    "names": _as_names,
+    "seed": _as_seed,
+    "logit-bias": _as_bias,
+    "thinking": _as_thinking,
+    "effort": _as_effort,
+    "budget": _as_budget,
+    "file": _as_file,
+    "json-file": _as_json_file,
+}
+
+# With one of these in the body the field is not added.
+_CONSTRAINTS = ("tools", "response_format", "json_schema", "grammar")
+_SETTLED_BY: Final[Mapping[str, tuple[str, ...]]] = {
+    "n_predict": ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens"),
+    "grammar": _CONSTRAINTS,
+    "json_schema": _CONSTRAINTS,
+    "reasoning_budget_tokens": ("reasoning_budget_tokens", "thinking_budget_tokens"),
+    "reasoning_effort": ("reasoning_effort", "reasoning"),
+}
+_EMPTY_COUNTS_AS_ABSENT = frozenset({"stop", "stop_sequences", "tools"})
+
+
+def _is_settled(field: str, body: "JsonObject") -> bool:
+    """Whether the body itself says what the field would."""
+    if field == _KWARGS:
+        return False  # it was merged
+    if field == "reasoning_effort":
+        kwargs = body.values.get(_KWARGS)
+        if isinstance(kwargs, dict) and "reasoning_effort" in kwargs:
+            return True
+    for name in _SETTLED_BY.get(field, (field,)):
+        value = body.values.get(name)
+        is_absent = value is None or (name in _EMPTY_COUNTS_AS_ABSENT and value in ("", []))
+        if not is_absent:
+            return True
+    return False
+
+
+def _merged_kwargs(text: str, body: "JsonObject") -> str:
+    """The defaults under the body's own keys; _NOTHING where the body's is no object."""
+    theirs = body.values.get(_KWARGS)
+    if theirs is not None and not isinstance(theirs, dict):
+        return _NOTHING
+    own = JsonObject(body.text_of(_KWARGS)).texts() if theirs is not None else {}
+    return _json_members(JsonObject(text).texts() | own)
+
+
+_JSON_BLANKS: Final = " \t\r\n"
+_JSON_GAP = re.compile(r"[ \t\r\n]*")
+
+
+class JsonObject:
+    """A JSON object as text, which can be given members without touching the rest.
+
+    `values` holds them parsed, numbers as text. Of a name that stands twice the
+    last counts, as llama-server reads it.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError if the text is not one JSON object."""
+        self.text = text
+        self.values: dict[str, object] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        at = self._expect("{", 0)
+        if text[at : at + 1] == "}":
+            self._end = at
+        else:
+            self._end = self._read_members(at)
+        if self._gap(self._end + 1) != len(text):
+            raise ValueError("something follows the JSON object")
+
+    def texts(self) -> dict[str, str]:
+        """Every member's value, as it stands."""
+        return {name: self.text_of(name) for name in self._spans}
+
+    def text_of(self, name: str) -> str:
+        start, end = self._spans[name]
+        return self.text[start:end]
+
+    def with_members(self, new: Mapping[str, str]) -> str:
+        """The text with these members, values in JSON, in their old place if they had one."""
+        added = [f"{json.dumps(name)}:{text}" for name, text in new.items()]
+        replaced = [name for name in new if name in self._spans]
+        added = [each for name, each in zip(new, added, strict=True) if name not in self._spans]
+        gap = "," if self._spans and added else ""
+        pieces, end = [gap + ",".join(added) + self.text[self._end :]], self._end
+        for start, stop, name in sorted(((*self._spans[n], n) for n in replaced), reverse=True):
+            pieces += [self.text[stop:end], new[name]]
+            end = start
+        pieces.append(self.text[:end])
+        return "".join(reversed(pieces))
+
+    def _read_members(self, at: int) -> int:
+        while True:
+            if self.text[at : at + 1] != '"':
+                raise ValueError(f"a name in quotes is expected at character {at}")
+            name, at = self._value(at)
+            start = self._expect(":", at)
+            value, at = self._value(start)
+            self.values[name] = value
+            self._spans[name] = (start, at)
+            at = self._gap(at)
+            if self.text[at : at + 1] == "}":
+                return at
+            at = self._expect(",", at)
+
+    def _value(self, at: int) -> tuple[Any, int]:
+        try:
+            return _JSON_DECODER.raw_decode(self.text, at)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+    def _expect(self, char: str, at: int) -> int:
+        at = self._gap(at)
+        if self.text[at : at + 1] != char:
+            raise ValueError(f"{char} is expected at character {at}")
+        return self._gap(at + 1)
+
+    def _gap(self, at: int) -> int:
+        gap = _JSON_GAP.match(self.text, at)
+        assert gap is not None  # it may be empty
+        return gap.end()
+
+
 # --- One author's words become settings
 
 
@@ -377,6 +844,7 @@ class _Reader:
         self._next = 0
         self._settings: list[Setting] = []
         self._faults: list[str] = []
+        self._remarks: list[str] = []
         self._touches_files = False
 
     def read(self, words: Sequence[str]) -> Layer:
@@ -391,7 +859,7 @@ class _Reader:
             else:
                 self._known(spelling, inline)
         _refuse(self._faults)
-        return _layer(self._settings, self._touches_files)
+        return _layer(self._settings, self._touches_files, self._remarks)
 
     def _known(self, spelling: Spelling, inline: str | None) -> None:
         flag = spelling.flag
@@ -406,7 +874,9 @@ class _Reader:
         except _BadValue as exc:
             self._faults.append(f"{spelling.name}: {exc}")
             return
-        if not flag.strip:
+        if flag.strip:
+            self._remarks.append(f"{spelling.name} changes no answer and is left off.")
+        else:
             self._settings.append(self._setting(spelling, canonical))
 
     def _values(self, spelling: Spelling, inline: str | None) -> tuple[str, ...] | None:
@@ -435,6 +905,8 @@ class _Reader:
 
     def _setting(self, spelling: Spelling, values: tuple[str, ...]) -> Setting:
         if spelling.instead:
+            said = " ".join(spelling.instead)
+            self._remarks.append(f"{spelling.name} is {said} for the llama-server in use.")
             name, *instead = spelling.instead
             spelling, values = self._table.spellings[name], tuple(instead)
         return Setting(spelling.flag, spelling.name, spelling.spoken or spelling.name, values)
@@ -617,11 +1089,8 @@ def _json_object(flag: Flag, value: str) -> str:
 
 
 def _parsed_json(flag: Flag, value: str) -> object:
-    """Numbers stay text: theirs may be longer than Python's own limit for int()."""
     try:
-        parsed: object = json.loads(
-            value, parse_int=str, parse_float=str, parse_constant=_no_constant
-        )
+        parsed: object = _JSON_DECODER.decode(value)
         if "\\u" in value:
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair
     except (ValueError, RecursionError):
@@ -631,6 +1100,10 @@ def _parsed_json(flag: Flag, value: str) -> object:
 
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
+
+
+# Numbers stay text: they may be longer than Python's own limit for int().
+_JSON_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_no_constant)
 
 
 def _text(_flag: Flag, value: str) -> str:

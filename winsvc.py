@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -155,6 +156,10 @@ if sys.platform == "win32":
             if process.poll() is None:
                 raise
 
+    def quoted_command(argv: Sequence[str]) -> str:
+        """The command line as this system's shell takes it."""
+        return subprocess.list2cmdline(argv)
+
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
 
     def wait_readable(
@@ -203,6 +208,10 @@ else:
             os.killpg(process.pid, signum)
         except ProcessLookupError:
             return  # it has just ended
+
+    def quoted_command(argv: Sequence[str]) -> str:
+        """The command line as this system's shell takes it."""
+        return shlex.join(argv)
 
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

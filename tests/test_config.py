@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import llama_sidecar
-from llama_sidecar import Config, ConfigError, read_config
+from llama_sidecar import Config, ConfigError, Model, read_config
 from tests.daemon import FAKE_SERVER, ROOT, free_port_range, started_daemon
 
 CONTRACT = {
@@ -37,6 +37,12 @@ def required(folder: Path, models: object = None, encoding: str = "utf-8") -> di
 
 def config_of(folder: Path, models: object = None, **variables: str) -> Config:
     return read_config(required(folder, models) | variables)
+
+
+def args_of(config: Config, model: Model) -> tuple[str, ...]:
+    """The flags of the process that this model gets."""
+    validator = config.catalog.validator
+    return validator.resolve(model.id, model.path, model.args).spec.args
 
 
 def faults_of(variables: dict[str, str]) -> list[str]:
@@ -80,8 +86,8 @@ def test_with_the_required_two_alone_the_defaults_are_in_force(tmp_path: Path) -
     assert config.queue_s == 300
     assert config.max_body_bytes == 64 * 1024 * 1024
     assert config.drain_s == 30
-    model = config.models["a"]
-    args = config.validator.spec(model.id, model.path, model.args).args
+    model = config.catalog.models["a"]
+    args = args_of(config, model)
     settings = dict(zip(args[::2], args[1::2], strict=True))
     assert settings["--gpu-layers"] == "999"
     assert settings["--ctx-size"] == "32768"
@@ -120,8 +126,8 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
     assert config.allowed_hosts == {"box.local", "other"}
     assert (config.queue_size, config.queue_s) == (3, 0.25)
     assert (config.max_body_bytes, config.max_connections, config.drain_s) == (2 << 20, 9, 11)
-    model = config.models["a"]
-    assert config.validator.spec(model.id, model.path, model.args).args == ()
+    model = config.catalog.models["a"]
+    assert args_of(config, model) == ()
 
 
 # --- bad values
@@ -261,19 +267,19 @@ def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_the_map_is_utf_8_with_or_without_a_bom(tmp_path: Path, encoding: str) -> None:
     variables = required(tmp_path, '{"模型": "é.gguf"}', encoding)
-    assert read_config(variables).models["模型"].path == tmp_path / "é.gguf"
+    assert read_config(variables).catalog.models["模型"].path == tmp_path / "é.gguf"
 
 
 def test_an_entry_is_a_path_or_an_object(tmp_path: Path) -> None:
     elsewhere = tmp_path.parent / "elsewhere.gguf"
     entry = {"path": str(elsewhere), "args": ["-c", "8192"], "aliases": ["b1", "b2"]}
     config = config_of(tmp_path, {"a": "sub/a.gguf", "b": entry | {"pinned": True}})
-    a, b = config.models["a"], config.models["b"]
-    assert list(config.models) == ["a", "b", "b1", "b2"]
-    assert config.models["b1"] is config.models["b2"] is b
+    a, b = config.catalog.models["a"], config.catalog.models["b"]
+    assert list(config.catalog.models) == ["a", "b", "b1", "b2"]
+    assert config.catalog.models["b1"] is config.catalog.models["b2"] is b
     assert (a.path, a.aliases, a.is_pinned) == (tmp_path / "sub" / "a.gguf", (), False)
     assert (b.path, b.aliases, b.is_pinned) == (elsewhere, ("b1", "b2"), True)
-    args = config.validator.spec(b.id, b.path, b.args).args
+    args = args_of(config, b)
     assert args[args.index("--ctx-size") + 1] == "8192"
 
 
@@ -284,7 +290,7 @@ def test_relative_paths_are_relative_to_the_map_wherever_the_daemon_runs(
     variables = required(tmp_path / "here")
     monkeypatch.chdir(tmp_path)
     variables["MODEL_DIR_MAP_FILE"] = str(Path("here", "models.map"))
-    assert read_config(variables).models["a"].path == tmp_path / "here" / "a.gguf"
+    assert read_config(variables).catalog.models["a"].path == tmp_path / "here" / "a.gguf"
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,15 @@ def spec(
     opened: OpenedFlags | None = None,
     unknown_flags_for_agents: bool = False,
 ) -> SidecarSpec:
+    """The process that a header gets where nothing is shared."""
     subject = Validator(
-        base, table, opened=opened, unknown_flags_for_agents=unknown_flags_for_agents
+        base,
+        table,
+        opened=opened,
+        unknown_flags_for_agents=unknown_flags_for_agents,
+        share=False,
     )
-    return subject.spec("m", MODEL, subject.model_args(model), header)
+    return subject.resolve("m", MODEL, subject.model_args(model), header).spec
 
 
 def faults(header: str, **options: object) -> tuple[str, ...]:
@@ -652,9 +657,9 @@ def test_the_hash_of_a_flag_set_never_changes(base: list[str], header: str, gold
 
 def test_the_hash_is_over_model_and_flags_but_not_over_the_path() -> None:
     subject = Validator(BASE_ARGS)
-    one = subject.spec("m", Path("/a.gguf"), Layer(), "")
-    assert one.hash == subject.spec("m", Path("/b.gguf"), Layer(), "").hash
-    assert one.hash != subject.spec("n", Path("/a.gguf"), Layer(), "").hash
+    one = subject.resolve("m", Path("/a.gguf"), Layer(), "").spec
+    assert one.hash == subject.resolve("m", Path("/b.gguf"), Layer(), "").spec.hash
+    assert one.hash != subject.resolve("n", Path("/a.gguf"), Layer(), "").spec.hash
 
 
 def test_flag_and_value_cannot_change_places_in_the_hash() -> None:
@@ -675,27 +680,31 @@ def test_flags_that_never_split_the_pool_stand_in_args_alone() -> None:
 def test_a_repeated_header_is_looked_up() -> None:
     subject = Validator(BASE_ARGS)
     layer = subject.model_args([])
-    assert subject.spec("m", MODEL, layer, "-c 2") is subject.spec("m", MODEL, layer, "-c 2")
-    assert subject.spec("m", MODEL, layer, "-c 2") is not subject.spec("n", MODEL, layer, "-c 2")
+    assert subject.resolve("m", MODEL, layer, "-c 2") is subject.resolve("m", MODEL, layer, "-c 2")
+    assert subject.resolve("m", MODEL, layer, "-c 2") is not subject.resolve(
+        "n", MODEL, layer, "-c 2"
+    )
     other = subject.model_args(["--temp", "1"])
-    assert "--temp" in subject.spec("m", MODEL, other, "-c 2").args
+    assert "--temp" in subject.resolve("m", MODEL, other, "-c 2").spec.args
 
 
 def test_only_the_headers_seen_last_are_remembered() -> None:
     subject = Validator([])
     layer = subject.model_args([])
-    rare, frequent = (subject.spec("m", MODEL, layer, header) for header in ("-c 2", "-c 3"))
+    rare, frequent = (subject.resolve("m", MODEL, layer, header) for header in ("-c 2", "-c 3"))
     for n in range(1000):
-        subject.spec("m", MODEL, layer, f"-c {n + 100}")
-        assert subject.spec("m", MODEL, layer, "-c 3") is frequent
-    assert subject.spec("m", MODEL, layer, "-c 2") is not rare
+        subject.resolve("m", MODEL, layer, f"-c {n + 100}")
+        assert subject.resolve("m", MODEL, layer, "-c 3") is frequent
+    assert subject.resolve("m", MODEL, layer, "-c 2") is not rare
 
 
 def test_a_long_header_is_not_remembered() -> None:
     subject = Validator([])
     layer = subject.model_args([])
     header = "-r " + "x" * 10_000
-    assert subject.spec("m", MODEL, layer, header) is not subject.spec("m", MODEL, layer, header)
+    assert subject.resolve("m", MODEL, layer, header) is not subject.resolve(
+        "m", MODEL, layer, header
+    )
 
 
 def test_threads_share_a_validator() -> None:
@@ -705,7 +714,7 @@ def test_threads_share_a_validator() -> None:
     def work(seed: int) -> list[str]:
         start.wait()
         return [
-            subject.spec("m", MODEL, Layer(), f"-c {2 + (n * seed) % 700}").args[1]
+            subject.resolve("m", MODEL, Layer(), f"-c {2 + (n * seed) % 700}").spec.args[1]
             for n in range(2000)
         ]
 
@@ -828,10 +837,10 @@ def test_the_opened_folder_may_itself_be_a_link(adapters: Path, value: str) -> N
 def test_an_opened_file_is_looked_at_each_time(adapters: Path) -> None:
     subject = Validator([], opened=opened("--lora=adapters", adapters))
     layer = subject.model_args([])
-    subject.spec("m", MODEL, layer, "--lora a.gguf")
+    subject.resolve("m", MODEL, layer, "--lora a.gguf")
     (adapters / "a.gguf").unlink()
     with pytest.raises(FlagsRefused):
-        subject.spec("m", MODEL, layer, "--lora a.gguf")
+        subject.resolve("m", MODEL, layer, "--lora a.gguf")
 
 
 def test_a_folder_that_is_gone_refuses_its_flag(adapters: Path) -> None:

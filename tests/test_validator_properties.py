@@ -24,9 +24,9 @@ from validator import (
 EXAMPLES = settings(max_examples=500, derandomize=True, deadline=None)
 
 BUILT_IN = FlagTable.built_in()
-ALONE = Validator([])
+ALONE = Validator([], share=False)
 BASE_ARGS = ["-ngl", "999", "-c", "32768", "--flash-attn", "on", "--no-mmap"]
-OVER_BASE = Validator(BASE_ARGS)
+OVER_BASE = Validator(BASE_ARGS, share=False)
 MODEL = Path("/models/m.gguf")
 
 # The flags whose place and whose neighbours never matter.
@@ -53,7 +53,7 @@ Setting = tuple[str, ...]  # the canonical spelling and its values
 
 
 def spec(validator: Validator, header: str) -> SidecarSpec:
-    return validator.spec("m", MODEL, Layer(), header)
+    return validator.resolve("m", MODEL, Layer(), header).spec
 
 
 @st.composite
@@ -175,7 +175,7 @@ def test_what_comes_out_says_the_same_when_it_is_read_again(uses: list[Setting])
     except FlagsRefused as refused:
         assert "flash attention" in str(refused) or "slots" in str(refused)  # noqa: PT017
         return
-    assert Validator(first.args).spec("m", MODEL, Layer()) == first
+    assert Validator(first.args).resolve("m", MODEL, Layer()).spec == first
     assert spec(OVER_BASE, written(uses, random.Random(1))) == first
 
 
