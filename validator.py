@@ -750,8 +750,8 @@ _JSON_GAP = re.compile(r"[ \t\r\n]*")
 class JsonObject:
     """A JSON object as text, which can be given members without touching the rest.
 
-    `values` holds them parsed, numbers as text. Of a name that stands twice the
-    last counts, as llama-server reads it.
+    `values` holds them parsed, every number a float. Of a name that stands twice
+    the last counts, as llama-server reads it.
     """
 
     def __init__(self, text: str) -> None:
@@ -1102,8 +1102,8 @@ def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-# Numbers stay text: they may be longer than Python's own limit for int().
-_JSON_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=_no_constant)
+# Whole numbers may be longer than Python's own limit for int().
+_JSON_DECODER = json.JSONDecoder(parse_int=float, parse_constant=_no_constant)
 
 
 def _text(_flag: Flag, value: str) -> str:

@@ -355,7 +355,8 @@ def test_a_missing_model_file_is_a_warning_at_start_and_a_404_when_asked_for(
 def test_help_names_every_variable_with_its_default(word: str) -> None:
     ended = run_daemon({}, word)
     assert (ended.returncode, ended.stderr) == (0, "")
-    rows = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines() if line[:2] == "  ")
+    _, _, variables = ended.stdout.partition("environment variables and their defaults:\n")
+    rows = dict(line.split(maxsplit=1) for line in variables.splitlines())
     assert rows == {name: value or "(none)" for name, value in llama_sidecar.DEFAULTS.items()}
 
 
@@ -364,8 +365,9 @@ def test_version_says_the_version() -> None:
     assert (ended.returncode, ended.stdout) == (0, f"llama-sidecar {llama_sidecar.__version__}\n")
 
 
-@pytest.mark.parametrize("args", [("--port", "1"), ("serve",), ("--version", "--help"), ("",)])
+@pytest.mark.parametrize("args", [("--port", "1"), ("serve",), ("check", "more"), ("",)])
 def test_an_unknown_argument_ends_with_2_and_the_usage(args: tuple[str, ...]) -> None:
     ended = run_daemon({}, *args)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith(f"llama-sidecar: unknown argument {args[0]!r}\nusage: ")
+    assert ended.stderr.startswith("usage: llama-sidecar ")
+    assert args[-1] in ended.stderr.splitlines()[-1]

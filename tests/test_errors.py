@@ -76,14 +76,14 @@ REFUSED: list[tuple[bytes, dict[str, str], int, str, str | None, str]] = [
     (b"{", {}, 400, "invalid_json", None, "no JSON"),
     (b'{"model": "never-started"', {}, 400, "invalid_json", None, "no JSON"),
     (b'\xff{"model": "x"}', {}, 400, "invalid_json", None, "no JSON"),
-    (b"[" * 200_000, {}, 400, "invalid_json", None, "nested too deeply"),
+    (b'{"a":' + b"[" * 200_000, {}, 400, "invalid_json", None, "nested too deeply"),
     (b"{}", {}, 400, "missing_model", "model", "X-Model-Id"),
-    (b"[]", {}, 400, "missing_model", "model", "X-Model-Id"),
-    (b"null", {}, 400, "missing_model", "model", "X-Model-Id"),
+    (b"[]", {}, 400, "invalid_json", None, "no JSON object"),
+    (b"null", {}, 400, "invalid_json", None, "no JSON object"),
     (b'{"model": ""}', {}, 400, "missing_model", "model", "X-Model-Id"),
     (b'{"model": 7}', {}, 400, "missing_model", "model", "X-Model-Id"),
     (b'{"model": null}', {}, 400, "missing_model", "model", "X-Model-Id"),
-    (b"{}", {"X-Model-Id": "\xff"}, 400, "missing_model", "x-model-id", "UTF-8"),
+    (b"{}", {"X-Model-Id": "\xff"}, 400, "missing_model", "X-Model-Id", "UTF-8"),
     (b'{"model": "qwen-smal"}', {}, 404, "model_not_found", "model", "qwen-small"),
     (b'{"model": "../../etc"}', {}, 404, "model_not_found", "model", "GET /v1/models"),
     (b'{"model": "vanished"}', {}, 404, "model_not_found", "model", "vanished.json is missing"),
@@ -92,7 +92,7 @@ REFUSED: list[tuple[bytes, dict[str, str], int, str, str | None, str]] = [
     (b"{}", NAMED | {"X-Agent-Flags": "-c"}, 400, "invalid_flags", "X-Agent-Flags", "-c"),
     (b"{}", NAMED | {"X-Agent-Flags": "'"}, 400, "invalid_flags", "X-Agent-Flags", "quot"),
     (b"{}", NAMED | {"X-Agent-Flags": "--tpo-k 3"}, 400, "invalid_flags", "X-Agent-Flags", "top-k"),
-    (b"{}", NAMED | {"X-Agent-Flags": "\xff"}, 400, "invalid_flags", "x-agent-flags", "UTF-8"),
+    (b"{}", NAMED | {"X-Agent-Flags": "\xff"}, 400, "invalid_flags", "X-Agent-Flags", "UTF-8"),
 ]
 
 
@@ -290,8 +290,8 @@ def moment(text: str) -> datetime.datetime:
 def test_sidecars_lists_each_child_most_recently_used_first(daemon: Daemon) -> None:
     before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(milliseconds=2)
     daemon.chat("qwen-small")
-    daemon.chat("shown", "--top-k 3")
-    daemon.chat("shown", "--top-k 3")
+    daemon.chat("shown", "-c 3")
+    daemon.chat("shown", "-c 3")
     rows = daemon.sidecars()
     row = rows[0]
     assert set(row) == set(
@@ -302,7 +302,7 @@ def test_sidecars_lists_each_child_most_recently_used_first(daemon: Daemon) -> N
     assert (row["pid"], row["port"]) == (start["pid"], start["port"])
     assert row["model_id"] == "shown"
     assert row["model_path"] == str(daemon.folder / "shown.json")
-    assert row["args"] == ["--top-k", "3"]
+    assert row["args"] == ["--ctx-size", "3"]
     assert (row["state"], row["in_flight"], row["requests_total"]) == ("ready", 0, 2)
     assert row["restarts"] == 0
     assert row["load_seconds"] > 0

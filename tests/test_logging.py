@@ -109,11 +109,11 @@ def test_a_stream_that_broke_says_why(daemon: Daemon) -> None:
 def test_a_start_names_pid_port_and_arguments_and_its_end_the_seconds(daemon: Daemon) -> None:
     since = len(daemon.lines)
     body = {"model": "plain", "messages": []}
-    _, headers, _ = daemon.ask("POST", CHAT, body, AUTHORIZED | {"X-Agent-Flags": "--top-k 5"})
+    _, headers, _ = daemon.ask("POST", CHAT, body, AUTHORIZED | {"X-Agent-Flags": "-c 5"})
     start, hash_ = daemon.starts("plain")[-1], headers["x-sidecar-hash"]
     who = f"hash={hash_} model=plain pid={start['pid']} port={start['port']}"
     line = line_with(daemon, f"INFO pool start {who}", since=since)
-    assert line.endswith("args=['--top-k', '5']")
+    assert line.endswith("args=['--ctx-size', '5']")
     ready = line_with(daemon, f"INFO pool ready {who}", since=since)
     assert re.search(r"load_s=\d+\.\d{3}$", ready)
     daemon.ask("DELETE", f"/sidecars/{hash_}", None, AUTHORIZED)

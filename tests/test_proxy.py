@@ -285,8 +285,8 @@ def test_headers_between_two_neighbours_are_not_passed_on(daemon: Daemon) -> Non
 
 
 def test_an_answer_says_which_sidecar_gave_it(daemon: Daemon) -> None:
-    _, first, _ = daemon.chat("plain", "--top-k 11")
-    _, second, answer = daemon.chat("plain", "--top-k 11")
+    _, first, _ = daemon.chat("plain", "-c 11")
+    _, second, answer = daemon.chat("plain", "-c 11")
     row = next(row for row in daemon.sidecars() if row["pid"] == answer["echo"]["pid"])
     assert first["x-sidecar-hash"] == second["x-sidecar-hash"] == row["hash"]
     assert re.fullmatch(r"[0-9a-f]{12}", row["hash"])
