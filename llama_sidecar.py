@@ -78,6 +78,7 @@ SEND_TIMEOUT_S: Final = 60.0  # a reader that takes nothing for so long has gone
 UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
 LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
 LINGER_BYTES: Final = 4 * 1024 * 1024
+COMMENT_PAUSE_S: Final = 1.0  # between two comments to a client that waits
 
 
 # --- errors that a client is told
@@ -224,6 +225,10 @@ class Config:
     max_connections: int
     drain_s: float
     isolates_agents: bool
+    fair_s: float
+    step_s: float
+    stall_s: float
+    state_dir: Path
 
 
 DEFAULT_BASE_ARGS: Final = '["-ngl","999","-c","32768","--flash-attn","on","--no-mmap"]'
@@ -249,6 +254,10 @@ DEFAULTS: Final[Mapping[str, str]] = {
     "LLAMA_SIDECAR_UNKNOWN_FLAGS": "refuse",
     "LLAMA_SIDECAR_SHARE": "on",
     "LLAMA_SIDECAR_ISOLATE": "off",
+    "LLAMA_SIDECAR_FAIR_SECONDS": "20",
+    "LLAMA_SIDECAR_STEP_SECONDS": "5",
+    "LLAMA_SIDECAR_STALL_SECONDS": "300",
+    "LLAMA_SIDECAR_STATE_DIR": "",
 }
 LOG_LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -292,10 +301,23 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,3})?", re.ASCII)
+
+
 def _seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text) or float(text) <= 0:
+    if not _SECONDS.fullmatch(text) or float(text) <= 0:
         raise _Faulty("takes a number of seconds above 0")
     return float(text)
+
+
+def _seconds_or_none(text: str) -> float:
+    if not _SECONDS.fullmatch(text):
+        raise _Faulty("takes a number of seconds, 0 to do without")
+    return float(text)
+
+
+def _state_dir(text: str) -> Path:
+    return Path(text).absolute() if text else winsvc.state_dir()
 
 
 def _either(no: str, yes: str) -> Callable[[str], bool]:
@@ -420,6 +442,10 @@ def read_config(variables: Mapping[str, str]) -> Config:
         max_connections=env.read("LLAMA_SIDECAR_MAX_CONNECTIONS", number(1, 100_000), 1024),
         drain_s=env.read("LLAMA_SIDECAR_DRAIN_SECONDS", seconds, 30.0),
         isolates_agents=env.read("LLAMA_SIDECAR_ISOLATE", _either("off", "agent"), False),
+        fair_s=env.read("LLAMA_SIDECAR_FAIR_SECONDS", seconds, 20.0),
+        step_s=env.read("LLAMA_SIDECAR_STEP_SECONDS", _seconds_or_none, 5.0),
+        stall_s=env.read("LLAMA_SIDECAR_STALL_SECONDS", seconds, 300.0),
+        state_dir=env.read("LLAMA_SIDECAR_STATE_DIR", _state_dir, Path()),
     )
     if env.faults:
         raise ConfigError(env.faults)
@@ -995,6 +1021,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wants_close = True  # until the request says otherwise
         self.is_head = False
         self.expects_continue = False
+        self.progress: _Progress | None = None
         try:
             block = self.wire.head_block(IDLE_TIMEOUT_S, HEAD_TIMEOUT_S)
             if block is None:
@@ -1139,21 +1166,35 @@ class Handler(BaseHTTPRequestHandler):
         """Which process the request needs, and what goes to it. Raises RequestRefused."""
         catalog = self.server.catalog.current()
         name = self._header(request, "x-model-id")
-        parsed = None
-        if not name:
-            parsed = _json_object(body)
-            name = _model_in(parsed)
-        model = _model_called(name, catalog.models)
+        is_form = POST_ROUTES[request.path] is Body.FORM
+        parsed = None if name and is_form else _json_object(body)
+        model = _model_called(name or _model_in(parsed), catalog.models)
         resolved = self._resolve(request, catalog.validator, model)
-        if resolved.defaults:
-            text = resolved.defaults.applied_to(parsed or _json_object(body))
-            body = text.encode("utf-8")
-        return _Work(model, resolved.spec, self._wants_exact(request), body)
+        is_exact = self._wants_exact(request)
+        if parsed is None:
+            return _Work(model, resolved.spec, is_exact, body)
+        self.progress = self._wanted_progress(request, parsed)
+        is_made_whole = _is_made_whole(request.path, parsed)
+        added = resolved.defaults.fields_for(parsed) | (STREAMED if is_made_whole else {})
+        if added:
+            body = parsed.with_members(added).encode("utf-8")
+        return _Work(model, resolved.spec, is_exact, body, is_made_whole)
+
+    def _wanted_progress(self, request: Request, body: JsonObject) -> _Progress | None:
+        """For a streaming request that asks to be told what it waits for."""
+        wish = self._header(request, "x-sidecar-progress")
+        if wish not in (None, "comments"):
+            raise RequestRefused(
+                *(400, "invalid_header", "X-Sidecar-Progress takes: comments"),
+                param="X-Sidecar-Progress",
+            )
+        can_be_told = body.values.get("stream") is True and request.minor_version == 1
+        return _Progress(self, request.path) if wish and can_be_told else None
 
     def _relay(self, request: Request, work: _Work) -> None:
         begun = time.monotonic()
         with self._lease(work) as lease:
-            relay = _Relay(self, request, work.body, lease)
+            relay = _Relay(self, request, work, lease)
             try:
                 relay.run()
             except ClientGone:
@@ -1263,8 +1304,15 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.ExitStack() as stack:
 
             def on_wait(ticket: Ticket) -> None:
-                cancel = functools.partial(self.server.pool.cancel, ticket)
-                stack.enter_context(_watching(self.connection, cancel))
+                pool, progress = self.server.pool, self.progress
+                cancel = functools.partial(pool.cancel, ticket)
+
+                def tell() -> None:
+                    if progress:
+                        progress.comment(pool.progress(ticket))
+
+                watching = _watching(self.connection, cancel, tell if progress else None)
+                stack.enter_context(watching)
 
             try:
                 return self.server.pool.lease(
@@ -1314,6 +1362,9 @@ class Handler(BaseHTTPRequestHandler):
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         log.info("refused status=%d code=%s: %s", error.status, error.code, error.message)
+        if self.progress and self.progress.has_begun:
+            self.progress.end_with(_error_body(error))
+            return
         self._send(error.status, _error_body(error), headers)
 
     def _linger(self) -> None:
@@ -1337,6 +1388,7 @@ class _Work:
     spec: SidecarSpec
     is_exact: bool  # no process but one of exactly this spec will do
     body: bytes  # for the child
+    is_made_whole: bool = False  # the child streams to us, and the client gets one answer
 
 
 HEADER_FAULTS: Final = {"x-agent-flags": "invalid_flags", "x-model-id": "missing_model"}
@@ -1350,9 +1402,23 @@ def _json_object(body: bytes) -> JsonObject:
         raise RequestRefused(400, "invalid_json", f"the body is no JSON object: {exc}") from exc
 
 
-def _model_in(body: JsonObject) -> str:
+# What a request is given so that the child streams to us: only then does llama-server
+# notice at once that nobody wants the answer any more (server-queue.cpp, recv_with_timeout).
+STREAMED: Final = {"stream": "true", "stream_options": '{"include_usage":true}'}
+
+
+def _is_made_whole(path: str, body: JsonObject) -> bool:
+    """Whether the answer, wanted in one piece, can be put together from a stream."""
+    values = body.values
+    wants_one = not values.get("stream") and values.get("n") in (None, 1) and "n_cmpl" not in values
+    if path == "/v1/completions":
+        return wants_one and isinstance(values.get("prompt"), str)
+    return wants_one and path == "/v1/chat/completions"
+
+
+def _model_in(body: JsonObject | None) -> str:
     """The body's `model`. Raises RequestRefused."""
-    name = body.values.get("model")
+    name = body.values.get("model") if body else None
     if not isinstance(name, str) or not name:
         raise RequestRefused(
             400,
@@ -1411,14 +1477,29 @@ def _has_left(client: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def _watching(client: socket.socket, when_gone: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, call `when_gone` as soon as the client closes its connection."""
+def _watching(
+    client: socket.socket, when_gone: Callable[[], None], tell: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """While the block runs, call `when_gone` as soon as the client closes its connection.
+
+    `tell` is called every COMMENT_PAUSE_S, and may raise ClientGone.
+    """
     ours, theirs = socket.socketpair()
+    pause_s = COMMENT_PAUSE_S if tell else None
 
     def watch() -> None:
-        ready = winsvc.wait_readable([client, theirs], None)
-        if theirs not in ready and _has_left(client):
-            when_gone()
+        watched = [client, theirs]
+        while theirs not in (ready := winsvc.wait_readable(watched, pause_s)):
+            if client in ready:
+                if _has_left(client):
+                    return when_gone()
+                watched = [theirs]  # it has sent its next request already
+            elif tell:
+                try:
+                    tell()
+                except ClientGone:
+                    return when_gone()
+        return None
 
     thread = winsvc.start_thread("watch-client", watch)
     try:
@@ -1429,6 +1510,48 @@ def _watching(client: socket.socket, when_gone: Callable[[], None]) -> Iterator[
         theirs.close()
 
 
+class _Progress:
+    """Comments on an event stream that has not begun yet, for a client that waits.
+
+    The first one sends the answer's head; from then on an error can only be
+    told as an event, and the stream is cut behind it.
+    """
+
+    def __init__(self, handler: Handler, path: str) -> None:
+        self._handler = handler
+        self._path = path
+        self.has_begun = False
+
+    def comment(self, text: str) -> None:
+        """Raises ClientGone."""
+        head = b"" if self.has_begun else self._head()
+        self.has_begun = True
+        self._handler._write(head + _as_chunk(b": %b\n\n" % text.encode()))
+
+    def end_with(self, error: bytes) -> None:
+        """Tell an error, one JSON text, and cut the stream. Raises ClientGone."""
+        name = b"event: error\n" if POST_ROUTES[self._path] is Body.MESSAGES else b""
+        self._handler.close_connection = True
+        line = b" ".join(error.splitlines())
+        self._handler._write(_as_chunk(name + b"data: %b\n\n" % line))
+
+    def _head(self) -> bytes:
+        lines = [
+            "HTTP/1.1 200 OK",
+            f"Date: {_date()}",
+            "Content-Type: text/event-stream",
+            "Cache-Control: no-cache",
+            "X-Accel-Buffering: no",
+            "Transfer-Encoding: chunked",
+            f"Connection: {'close' if self._handler.wants_close else 'keep-alive'}",
+        ]
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
+def _as_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 HOP_BY_HOP: Final = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     "transfer-encoding upgrade content-length".split()
@@ -1437,15 +1560,25 @@ PASSED_HEADERS: Final = ("content-type", "accept")
 NO_BODY_STATUS: Final = frozenset({204, 304})
 
 
+# An answer that ends so is followed by the next step of the same agent. Within a JSON
+# string the quotes would be escaped, so no text that a model writes can look like this.
+_TOOL_CALLS = re.compile(
+    rb'"(?:finish_reason": ?"tool_calls|stop_reason": ?"tool_use|type": ?"function_call)"'
+)
+_TOOL_CALLS_BYTES: Final = 32  # at least as long as any match
+
+
 class _Relay:
     """One request to a child, and its answer back to the client, as it comes."""
 
-    def __init__(self, handler: Handler, request: Request, body: bytes, lease: Lease) -> None:
+    def __init__(self, handler: Handler, request: Request, work: _Work, lease: Lease) -> None:
         self._handler = handler
         self._request = request
-        self._body = body
+        self._body = work.body
+        self._is_made_whole = work.is_made_whole
         self._lease = lease
         self._watches_client = True
+        self._tail = b""  # of the piece before, where a match may begin
         self.status = 0  # 0 until an answer was passed on
         self.sent_bytes = 0
         self.remark = ""
@@ -1455,12 +1588,29 @@ class _Relay:
         connection, wire, head, length = self._exchange()
         is_reusable = False
         try:
-            is_reusable = self._answer(wire, head, length)
+            is_stream = (head.get("content-type") or "").startswith("text/event-stream")
+            if self._is_made_whole and is_stream:
+                is_reusable = self._answer_whole(wire, head, length)
+            elif self._has_begun() and not (is_stream and int(head.start[2]) == 200):
+                is_reusable = self._answer_as_event(wire, length)
+            else:
+                is_reusable = self._answer(wire, head, length)
         finally:
             if is_reusable:
                 self._lease.upstream.keep(connection)
             else:
                 self._lease.upstream.drop(connection)
+
+    def _has_begun(self) -> bool:
+        """Whether the client got a head, and comments, while it waited."""
+        return bool(self._handler.progress and self._handler.progress.has_begun)
+
+    def _note(self, piece: bytes) -> None:
+        """The answer moves; does it end in tool calls?"""
+        self._lease.progressed()
+        if _TOOL_CALLS.search(self._tail + piece):
+            self._lease.ended_in_tool_calls = True
+        self._tail = piece[-_TOOL_CALLS_BYTES:]
 
     def _exchange(self) -> tuple[Connection, Wire, Head, int]:
         """Send the request, read the answer's head; once more if a kept connection was stale."""
@@ -1535,11 +1685,13 @@ class _Relay:
         is_chunked = length in (CHUNKED, UNTIL_CLOSE) and self._request.minor_version == 1
         if length in (CHUNKED, UNTIL_CLOSE) and not is_chunked:
             handler.close_connection = True
-        start = self._head_for_client(head, length, is_chunked)
+        has_begun = self._has_begun()
+        start = b"" if has_begun else self._head_for_client(head, length, is_chunked)
         pieces = _body_pieces(wire, length)
         try:
             for piece in pieces:
-                data = b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked and piece else piece
+                self._note(piece)
+                data = _as_chunk(piece) if is_chunked and piece else piece
                 handler._write(start + data if start else data)
                 self.sent_bytes += len(piece)
                 start = b""
@@ -1554,8 +1706,42 @@ class _Relay:
             handler._write(start + tail)
         if handler.close_connection:
             handler._linger()
-        says_close = "close" in head.tokens("connection") or head.start[1] == b"0"
-        return not says_close and length != UNTIL_CLOSE and not wire.buffer
+        return _is_reusable(wire, head, length)
+
+    def _answer_as_event(self, wire: Wire, length: int) -> bool:
+        """The child refused, but the client's stream has begun: tell it as an event."""
+        progress = self._handler.progress
+        assert progress is not None
+        self.status = 200
+        progress.end_with(self._whole_body(wire, length))
+        return False
+
+    def _answer_whole(self, wire: Wire, head: Head, length: int) -> bool:
+        """Put the child's stream together and pass it on as one answer."""
+        whole = WholeAnswer(self._request.path == "/v1/chat/completions")
+        try:
+            for piece in _body_pieces(wire, length):
+                self._note(piece)
+                whole.feed(piece)
+        except (OSError, MalformedMessage) as exc:
+            raise UpstreamFailed(self._failure_words(exc)) from exc
+        if not whole.is_complete:
+            raise UpstreamFailed(self._failure_words(EOFError("its answer ended too early")))
+        self.status, value = whole.answer()
+        body = json.dumps(value).encode()
+        self.sent_bytes = len(body)
+        self._handler.close_connection = self._handler.wants_close
+        start = self._head_for_client(_json_head(head, self.status), len(body), is_chunked=False)
+        self._handler._write(start + body)
+        if self._handler.close_connection:
+            self._handler._linger()
+        return _is_reusable(wire, head, length)
+
+    def _whole_body(self, wire: Wire, length: int) -> bytes:
+        try:
+            return b"".join(_body_pieces(wire, length))
+        except (OSError, MalformedMessage) as exc:
+            raise UpstreamFailed(self._failure_words(exc)) from exc
 
     def _head_for_client(self, head: Head, length: int, is_chunked: bool) -> bytes:
         dropped = HOP_BY_HOP | head.tokens("connection")
@@ -1586,6 +1772,108 @@ class _Relay:
             f"sidecar {sidecar.spec.hash} did not answer properly: {reason or exc}; "
             "the next request starts it again if it died"
         )
+
+
+def _is_reusable(wire: Wire, head: Head, length: int) -> bool:
+    """Whether the child's connection can serve again, its answer being read to the end."""
+    says_close = "close" in head.tokens("connection") or head.start[1] == b"0"
+    return not says_close and length != UNTIL_CLOSE and not wire.buffer
+
+
+def _json_head(head: Head, status: int) -> Head:
+    """The head of an event stream as that of one JSON answer."""
+    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()
+    start = _STATUS_LINE.fullmatch(line)
+    assert start is not None
+    others = [(name, value) for name, value in head.fields if name not in STREAM_FIELDS]
+    return Head(start, [*others, ("content-type", "application/json; charset=utf-8")])
+
+
+STREAM_FIELDS: Final = frozenset({"content-type", "cache-control", "x-accel-buffering"})
+
+
+class WholeAnswer:
+    """Puts a completion together from llama-server's event stream.
+
+    What comes out has the shape that the same request has without `stream`
+    (tools/server/server-task.cpp, to_json_oaicompat and to_json_oaicompat_chat).
+    """
+
+    def __init__(self, is_chat: bool) -> None:
+        self._is_chat = is_chat
+        self._buffer = b""
+        self._top: dict[str, Any] = {}
+        self._choice: dict[str, Any] = {"finish_reason": None, "index": 0}
+        self._texts: dict[str, list[str]] = {}
+        self._tool_calls: dict[int, dict[str, Any]] = {}
+        self._logprobs: list[Any] = []
+        self._error: dict[str, Any] | None = None
+        self.is_complete = False
+
+    def feed(self, data: bytes) -> None:
+        """Take more of the stream. Raises MalformedMessage."""
+        *events, self._buffer = (self._buffer + data).split(b"\n\n")
+        for event in events:
+            name, _, value = event.partition(b": ")
+            if name == b"data":
+                self._take(value)
+
+    def answer(self) -> tuple[int, dict[str, Any]]:
+        """The status and the JSON answer."""
+        if self._error is not None:
+            code = self._error.get("code")
+            is_status = isinstance(code, int) and 400 <= code <= 599
+            return code if is_status and code else 500, {"error": self._error}
+        texts = {name: "".join(pieces) for name, pieces in self._texts.items()}
+        choice = self._choice | (self._message(texts) if self._is_chat else {"text": ""} | texts)
+        if self._logprobs:
+            choice["logprobs"] = {"content": self._logprobs}
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        return 200, {"choices": [choice]} | self._top | {"object": kind}
+
+    def _message(self, texts: dict[str, str]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": ""} | texts
+        if self._tool_calls:
+            message["tool_calls"] = [self._tool_calls[n] for n in sorted(self._tool_calls)]
+        return {"message": message}
+
+    def _take(self, value: bytes) -> None:
+        if value.strip() == b"[DONE]":
+            self.is_complete = True
+            return
+        try:
+            event = json.loads(value)
+            if "error" in event:
+                self._error, self.is_complete = dict(event["error"]), True
+                return
+            for choice in event.pop("choices", ()):
+                self._take_choice(choice)
+            self._top |= {name: value for name, value in event.items() if value is not None}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+            raise MalformedMessage(f"an event that makes no sense: {exc}") from exc
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        delta = choice.pop("delta", {}) if self._is_chat else {"text": choice.pop("text", "")}
+        logprobs = choice.pop("logprobs", None)
+        self._logprobs += (logprobs or {}).get("content") or []
+        if not self._is_chat:
+            self._choice["logprobs"] = None
+        self._choice |= {name: value for name, value in choice.items() if value is not None}
+        for call in delta.pop("tool_calls", None) or ():
+            self._take_tool_call(call)
+        delta.pop("role", None)
+        for name, text in delta.items():
+            if text is not None:
+                self._texts.setdefault(name, []).append(text)
+
+    def _take_tool_call(self, call: dict[str, Any]) -> None:
+        known = self._tool_calls.setdefault(
+            call.pop("index"), {"type": "function", "function": {"name": "", "arguments": ""}}
+        )
+        function = call.pop("function", {})
+        known["function"]["name"] += function.get("name") or ""
+        known["function"]["arguments"] += function.get("arguments") or ""
+        known |= call
 
 
 @functools.lru_cache(maxsize=256)
@@ -1650,6 +1938,9 @@ def serve(config: Config) -> None:
     for signum in winsvc.STOP_SIGNALS:
         signal.signal(signum, lambda number, _frame: stops.put(number))
     winsvc.contain_children()
+    winsvc.raise_descriptor_limit()
+    for orphan in winsvc.end_orphans(config.state_dir):
+        log.warning("ended an orphan of an earlier daemon: %s", orphan)
     with winsvc.private_dir() as private_dir:
         catalog = LiveCatalog(config)
         pool = Pool(_pool_config(config, catalog, Path(private_dir)))
@@ -1697,6 +1988,10 @@ def _pool_config(config: Config, catalog: LiveCatalog, private_dir: Path) -> Poo
         load_silence_s=config.health_timeout_s,
         health_interval_s=config.health_interval_s,
         private_dir=private_dir,
+        fair_wait_s=config.fair_s,
+        step_s=config.step_s,
+        stall_s=config.stall_s,
+        state_dir=config.state_dir,
         own_args=lambda: catalog.current().own_args(),
     )
 

@@ -13,9 +13,11 @@ import enum
 import http.client
 import itertools
 import logging
+import math
 import re
 import secrets
 import socket
+import statistics
 import subprocess
 import threading
 import time
@@ -36,10 +38,14 @@ PROBE_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1)  # then the last one again and a
 PROBE_TIMEOUT_S: Final = 5.0
 MAX_MISSED_PROBES: Final = 3
 MAX_PORT_TRIES: Final = 5
-FAIR_WAIT_S: Final = 20.0  # then a busy sidecar takes no new work, so that it can be evicted
+STRANGER_S: Final = 2.0  # a port where somebody else answers for so long is lost
 MAX_PAUSE_S: Final = 60.0  # between two tries of a spec that keeps failing
 LAST_WORDS_S: Final = 0.5  # a dead child's output ends at once, unless another holds its pipe
 MAX_HISTORIES: Final = 1024
+LOADS_REMEMBERED: Final = 5
+LOAD_GUESS_S: Final = 5.0  # where none is remembered
+MAX_SLOTS_BYTES: Final = 1 << 20
+SLOTS_PAUSE_S: Final = 1.5  # asked more often, llama-server is slow to see that a client left
 TAIL_LINES: Final = 50
 LINE_BYTES: Final = 4096
 MAX_IDLE_CONNECTIONS: Final = 32
@@ -124,7 +130,10 @@ class PoolConfig:
     load_silence_s: float  # longest wait for a loading child that shows no sign of life
     health_interval_s: float
     private_dir: Path
-    fair_wait_s: float = FAIR_WAIT_S
+    fair_wait_s: float = 20.0  # then a busy sidecar takes no new work, so that it can be evicted
+    step_s: float = 5.0  # after an answer with tool calls: the agent will be back
+    stall_s: float = 300.0  # a request in flight, and nothing moves
+    state_dir: Path | None = None  # names the children, for a start after a crash
     own_args: Callable[[], Sequence[str]] = tuple  # what the daemon sets besides the spec
 
 
@@ -221,6 +230,9 @@ class Sidecar:
         self.output_ended = threading.Event()  # all of it is in `tail`
         self.spawning = threading.Lock()  # held while a process is being made: none slips away
         self.last_output = self.started
+        self.last_progress = self.started  # when an answer, or a slot's counters, moved last
+        self.slots = b""  # what GET /slots said last
+        self.has_lost_port = False
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         # --- guarded by Pool._changed
         self.state = State.STARTING
@@ -232,6 +244,7 @@ class Sidecar:
         self.last_used_at: float | None = None
         self.last_used = self.started  # monotonic: the end of the last request
         self.load_s: float | None = None
+        self.step_until = 0.0  # monotonic: its agent is thought to be between two steps
         self.is_draining = False  # takes no new lease: somebody waited too long
         self.missed_probes = 0
         self.error: SidecarError | None = None
@@ -277,7 +290,9 @@ class History:
     """What is remembered of a spec beyond one process. Guarded by Pool._changed."""
 
     starts: int = 0
-    load_s: float | None = None
+    loads_s: collections.deque[float] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=LOADS_REMEMBERED)
+    )
     failures: int = 0  # in a row
     retry_at: float = 0.0
     error: SidecarError | None = None
@@ -310,6 +325,7 @@ class Lease:
         self.upstream = sidecar.upstream
         self.start_kind = start_kind
         self.wait_s = wait_s
+        self.ended_in_tool_calls = False
         self._pool = pool
 
     def __enter__(self) -> Lease:
@@ -317,6 +333,10 @@ class Lease:
 
     def __exit__(self, *exc: object) -> None:
         self._pool.release(self)
+
+    def progressed(self) -> None:
+        """Note that the answer moves: a sidecar whose answers move is not stuck."""
+        self.sidecar.last_progress = time.monotonic()
 
 
 Action = Callable[[], None]
@@ -334,7 +354,9 @@ class Pool:
         self._sidecars: dict[str, Sidecar] = {}
         self._waiting: list[Ticket] = []  # in order of arrival
         self._histories: collections.OrderedDict[str, History] = collections.OrderedDict()
+        self._held_places = 0  # kept free for a load that ran out of memory
         self._next_port = itertools.cycle(config.ports)
+        self._roster = winsvc.Roster(config.state_dir) if config.state_dir else None
         self._closed = threading.Event()  # set under the lock; the health thread waits for it
         winsvc.start_thread("health", self._watch_health)
 
@@ -395,6 +417,8 @@ class Pool:
             sidecar.in_flight -= 1
             sidecar.last_used = time.monotonic()
             sidecar.last_used_at = time.time()
+            steps_on = lease.ended_in_tool_calls
+            sidecar.step_until = sidecar.last_used + self.config.step_s if steps_on else 0.0
             actions = self._decide_locked() if self._waiting else []
             if self.is_closed:
                 self._changed.notify_all()  # `close` waits for the last of them
@@ -423,6 +447,16 @@ class Pool:
         with self._changed:
             self._changed.wait_for(lambda: sidecar.error, within_s)
             return sidecar.error.message if sidecar.error else None
+
+    def progress(self, ticket: Ticket) -> str:
+        """What a waiting request waits for, in a few words."""
+        with self._changed:
+            now = time.monotonic()
+            sidecar = self._serving_locked(ticket)
+            if sidecar and sidecar.state is not State.STOPPING:
+                return f"loading model {now - sidecar.started:.1f}s"
+            ahead = sum(t.arrived < ticket.arrived for t in self._waiting)
+            return f"waiting for a place, {ahead} ahead {now - ticket.arrived:.1f}s"
 
     def snapshot(self) -> list[dict[str, object]]:
         """What GET /sidecars shows, most recently used first."""
@@ -467,6 +501,9 @@ class Pool:
         _run(actions)
         with self._changed:
             self._changed.wait_for(lambda: not self._sidecars, STOP_GRACE_S + 10)
+            has_ended = not self._sidecars
+        if self._roster and has_ended:
+            self._roster.close()
 
     # --- decisions, under the lock; what they return happens after it is let go
 
@@ -497,7 +534,7 @@ class Pool:
                 continue  # its turn comes when a process is gone
             elif stored := self._failure_locked(hash_):
                 ticket.error = stored
-            elif len(self._sidecars) < self.config.max_sidecars:
+            elif self._has_room_locked():
                 actions += self._start_locked(ticket.spec, ticket.start_kind, ticket.is_pinned)
                 ticket.start_kind = self._sidecars[hash_].origin
             else:
@@ -505,7 +542,7 @@ class Pool:
                 ticket.start_kind = "evicted"
                 if coming:
                     coming -= 1
-                elif victim := self._victim_locked():
+                elif victim := self._victim_for_locked(ticket):
                     actions += self._begin_stop_locked(victim, f"room for {hash_}")
                 else:
                     may_take_place = False
@@ -538,14 +575,31 @@ class Pool:
             for sidecar in self._sidecars.values():
                 sidecar.is_draining = False
 
+    def _has_room_locked(self) -> bool:
+        return len(self._sidecars) + self._held_places < self.config.max_sidecars
+
+    def _victim_for_locked(self, ticket: Ticket) -> Sidecar | None:
+        """Whom to evict for a request now. One between steps is spared for its step's time.
+
+        Not beyond the time that is fair to the request: then it can be a victim too.
+        """
+        victim = self._victim_locked()
+        now = time.monotonic()
+        is_spared = victim and victim.step_until > now
+        return None if is_spared and now - ticket.arrived < self.config.fair_wait_s else victim
+
     def _victim_locked(self) -> Sidecar | None:
-        """The least recently used READY sidecar that nobody holds and nobody pinned."""
+        """The least recently used READY sidecar that nobody holds and nobody pinned.
+
+        One whose agent is between two steps comes last.
+        """
+        now = time.monotonic()
         idle = (
             s
             for s in self._sidecars.values()
             if s.state is State.READY and not s.in_flight and not s.is_pinned
         )
-        return min(idle, key=lambda s: s.last_used, default=None)
+        return min(idle, key=lambda s: (s.step_until > now, s.last_used), default=None)
 
     def _drain_for_locked(self, ticket: Ticket) -> None:
         """Once a request has waited its fair time, let one busy sidecar run dry for it."""
@@ -562,6 +616,7 @@ class Pool:
     def _grant_locked(self, ticket: Ticket, sidecar: Sidecar) -> None:
         sidecar.in_flight += 1
         sidecar.requests_total += 1
+        sidecar.last_progress = time.monotonic()
         ticket.sidecar = sidecar
 
     def _failure_locked(self, hash_: str) -> SidecarError | None:
@@ -574,8 +629,17 @@ class Pool:
         return type(history.error)(history.error.message, retry_after_s=left_s)
 
     def _expected_load_locked(self, spec: SidecarSpec) -> float:
+        """Seconds, by the loads of this very spec."""
         history = self._histories.get(spec.hash)
-        return (history and history.load_s) or 5.0
+        return statistics.median(history.loads_s) if history and history.loads_s else LOAD_GUESS_S
+
+    def _load_words_locked(self, spec: SidecarSpec) -> str:
+        history = self._histories.get(spec.hash)
+        if not history or not history.loads_s:
+            return "it has not been loaded yet"
+        return (
+            f"its last {len(history.loads_s)} loads took {self._expected_load_locked(spec):.1f} s"
+        )
 
     def _history_locked(self, hash_: str) -> History:
         history = self._histories.setdefault(hash_, History())
@@ -610,11 +674,10 @@ class Pool:
 
     def _wait(self, ticket: Ticket, timeout_s: float) -> Lease:
         deadline = ticket.arrived + timeout_s
-        fair_at = ticket.arrived + self.config.fair_wait_s
         while True:
             with self._changed:
                 now = time.monotonic()
-                until = min(deadline, fair_at) if now < fair_at else deadline
+                until = min(deadline, self._next_chance_locked(ticket, now))
                 self._changed.wait_for(lambda: ticket.is_settled, max(0.0, until - now))
                 if not ticket.is_settled and time.monotonic() >= deadline:
                     ticket.error = self._too_long_locked(ticket, timeout_s)
@@ -622,6 +685,12 @@ class Pool:
                     return self._settled_locked(ticket)
                 actions = self._decide_locked()
             _run(actions)
+
+    def _next_chance_locked(self, ticket: Ticket, now: float) -> float:
+        """When time alone may change what can be decided for the ticket."""
+        times = [ticket.arrived + self.config.fair_wait_s]
+        times += [s.step_until for s in self._sidecars.values()]
+        return min((moment for moment in times if moment > now), default=math.inf)
 
     def _leave_queue(self, ticket: Ticket) -> None:
         """A wait is over, however it ended: take back what nobody will use."""
@@ -643,22 +712,39 @@ class Pool:
         raise WaitCancelled
 
     def _too_long_locked(self, ticket: Ticket, timeout_s: float) -> SidecarError:
-        retry_s = self._expected_load_locked(ticket.spec)
+        expected_s = self._expected_load_locked(ticket.spec)
+        words = self._load_words_locked(ticket.spec)
         model = ticket.spec.model_id
-        if self._serving_locked(ticket):
+        if sidecar := self._serving_locked(ticket):
             return LoadTimeout(
-                f"{model} is still loading after {timeout_s:g} s; the load goes on, ask again",
-                retry_after_s=retry_s,
+                f"{model} is still loading after {timeout_s:g} s ({words}); "
+                "the load goes on, ask again",
+                retry_after_s=max(1.0, sidecar.started + expected_s - time.monotonic()),
             )
         return PoolBusy(
             f"every one of the {self.config.max_sidecars} sidecars was busy for {timeout_s:g} s, "
-            f"so {model} could not be started: try again, or raise MAX_SIDECARS",
-            retry_after_s=retry_s,
+            f"so {model} could not be started ({words}): try again, or raise MAX_SIDECARS",
+            retry_after_s=expected_s,
         )
 
     # --- one thread per load
 
     def _load(self, sidecar: Sidecar) -> None:
+        error = self._try_load(sidecar)
+        evicted = self._make_memory(sidecar) if _ran_out_of_memory(sidecar, error) else None
+        if evicted:
+            log.warning(
+                "retry hash=%s model=%s: it ran out of memory, %s made room",
+                *(sidecar.spec.hash, sidecar.spec.model_id, evicted.spec.hash),
+            )
+            error = self._try_load(sidecar)
+        if error is not None:
+            self._record_failure(sidecar, error)
+        if evicted:
+            self._end_hold(evicted if error else None)
+
+    def _try_load(self, sidecar: Sidecar) -> SidecarError | None:
+        """None once it is READY, or once somebody else stops it."""
         error: SidecarError | None = None
         try:
             for _ in range(MAX_PORT_TRIES):
@@ -674,8 +760,37 @@ class Pool:
         if error is None and not self._record_ready(sidecar):
             assert sidecar.process is not None
             error = _exited(sidecar, sidecar.process.wait())
-        if error is not None:
-            self._record_failure(sidecar, error)
+        return error
+
+    def _make_memory(self, sidecar: Sidecar) -> Sidecar | None:
+        """Evict one idle sidecar for a load that ran out of memory; None if there is none.
+
+        Blocks until its process is gone, at most for STOP_GRACE_S and a moment.
+        Its place is kept free until `_end_hold`.
+        """
+        with self._changed:
+            victim = self._victim_locked()
+            if sidecar.state is not State.STARTING or victim is None:
+                return None
+            self._held_places += 1
+            actions = self._begin_stop_locked(victim, f"memory for {sidecar.spec.hash}")
+        _run(actions)
+        with self._changed:
+            self._changed.wait_for(lambda: victim.state is State.GONE, STOP_GRACE_S + 10)
+        return victim
+
+    def _end_hold(self, to_restart: Sidecar | None) -> None:
+        """Free the place that was kept; the evicted one gets it back if it was of no use."""
+        with self._changed:
+            self._held_places -= 1
+            actions: list[Action] = []
+            if to_restart and not self.is_closed and self._has_room_locked():
+                spec = to_restart.spec
+                if spec.hash not in self._sidecars:
+                    actions += self._start_locked(spec, "started", to_restart.is_pinned)
+            if not self.is_closed:
+                actions += self._decide_locked()
+        _run(actions)
 
     def _spawn(self, sidecar: Sidecar) -> bool:
         """Start the process on a free port; False if it is no longer wanted."""
@@ -692,10 +807,13 @@ class Pool:
                 sidecar.upstream = upstream
             sidecar.tail.clear()
             sidecar.output_ended.clear()
+            sidecar.has_lost_port = False
             sidecar.last_output = time.monotonic()
             process = winsvc.spawn(argv, environment)
             with self._changed:
                 sidecar.process = process
+        if self._roster:
+            self._roster.add(process.pid, upstream.port, spec.hash)
         _thread(f"output-{spec.hash}", _drain_output, sidecar, process)
         _thread(f"reap-{spec.hash}", self._reap, sidecar, process)
         log.info(
@@ -721,7 +839,7 @@ class Pool:
         assert process is not None
         limit = sidecar.started + self.config.load_silence_s * LOAD_LIMIT_FACTOR
         pauses = itertools.chain(PROBE_PAUSES_S, itertools.repeat(PROBE_PAUSES_S[-1]))
-        seen, last_sign = "", time.monotonic()
+        seen, seen_since = "", time.monotonic()
         for pause_s in pauses:
             if sidecar.state is not State.STARTING:
                 return sidecar.error
@@ -732,8 +850,10 @@ class Pool:
             if answer == "ready":
                 return None
             if answer != seen:
-                seen, last_sign = answer, now
-            last_sign = max(last_sign, sidecar.last_output)
+                seen, seen_since = answer, now
+            last_sign = max(seen_since, sidecar.last_output)
+            if answer == "stranger" and now - seen_since > STRANGER_S:
+                return self._leave_port(sidecar)
             if now - last_sign > self.config.load_silence_s or now > limit:
                 return LoadTimeout(
                     f"{sidecar.spec.model_id} was not ready after {now - sidecar.started:.1f} s "
@@ -742,6 +862,14 @@ class Pool:
             sidecar.output_came.wait(pause_s)
             sidecar.output_came.clear()
         raise AssertionError("unreachable: the pauses never end")
+
+    def _leave_port(self, sidecar: Sidecar) -> LoadFailed:
+        """Somebody else answers on the child's port: end the child, to try another port."""
+        assert sidecar.process is not None
+        sidecar.has_lost_port = True
+        winsvc.kill(sidecar.process)
+        sidecar.process.wait()
+        return LoadFailed(f"another program answers on port {sidecar.port}")
 
     def _record_ready(self, sidecar: Sidecar) -> bool:
         """Grant it to those who wait; False if it ended just now, where the reaper saw no READY."""
@@ -755,7 +883,8 @@ class Pool:
             sidecar.load_s = now - sidecar.started
             sidecar.last_used = now
             history = self._history_locked(sidecar.spec.hash)
-            history.load_s, history.failures, history.error = sidecar.load_s, 0, None
+            history.loads_s.append(sidecar.load_s)
+            history.failures, history.error = 0, None
             self._move_locked(sidecar, State.READY)
             actions = self._decide_locked()
         _run(actions)
@@ -814,6 +943,8 @@ class Pool:
     def _reap(self, sidecar: Sidecar, process: subprocess.Popen[bytes]) -> None:
         """Wait for the process and take note at once, whoever ended it."""
         code = process.wait()
+        if self._roster:
+            self._roster.remove(process.pid)
         sidecar.output_came.set()
         sidecar.output_ended.wait(LAST_WORDS_S)
         with self._changed:
@@ -843,29 +974,51 @@ class Pool:
         if self.is_closed:
             return []
         actions = self._decide_locked()
-        has_room = len(self._sidecars) < self.config.max_sidecars
-        if sidecar.is_restart_due and has_room and sidecar.spec.hash not in self._sidecars:
+        is_wanted = sidecar.is_restart_due and sidecar.spec.hash not in self._sidecars
+        if is_wanted and self._has_room_locked():
             actions += self._start_locked(sidecar.spec, "started", sidecar.is_pinned)
         return actions
 
     # --- health
 
     def _watch_health(self) -> None:
-        while not self._closed.wait(self.config.health_interval_s):
+        pause_s = min(self.config.health_interval_s, max(SLOTS_PAUSE_S, self.config.stall_s / 4))
+        while not self._closed.wait(pause_s):
             with self._changed:
                 ready = [s for s in self._sidecars.values() if s.state is State.READY]
             for sidecar in ready:
-                self._check_health(sidecar)
+                reason = self._what_ails(sidecar)
+                if reason:
+                    self._restart(sidecar, reason)
 
-    def _check_health(self, sidecar: Sidecar) -> None:
-        """Restart an idle child that answered nothing three times running."""
-        is_well = _health(sidecar.upstream) == 200
+    def _what_ails(self, sidecar: Sidecar) -> str:
+        """Why it must be restarted; empty while it is well, or only slow."""
+        if sidecar.in_flight:
+            sidecar.missed_probes = 0
+            return self._why_stuck(sidecar)
+        is_silent = _health(sidecar.upstream) is None
+        sidecar.missed_probes = sidecar.missed_probes + 1 if is_silent else 0
+        return "it does not answer" if sidecar.missed_probes >= MAX_MISSED_PROBES else ""
+
+    def _why_stuck(self, sidecar: Sidecar) -> str:
+        """A request is in flight: do its bytes or the counters of the slots move?"""
+        silent_s = time.monotonic() - sidecar.last_progress
+        if silent_s < min(self.config.stall_s / 4, self.config.health_interval_s):
+            return ""
+        slots = _slots(sidecar.upstream)
+        if slots and slots != sidecar.slots:
+            sidecar.slots = slots
+            sidecar.last_progress = time.monotonic()
+            return ""
+        return f"nothing has moved for {silent_s:.0f} s" if silent_s > self.config.stall_s else ""
+
+    def _restart(self, sidecar: Sidecar, why: str) -> None:
         with self._changed:
-            sidecar.missed_probes = 0 if is_well or sidecar.in_flight else sidecar.missed_probes + 1
-            actions: list[Action] = []
-            if sidecar.missed_probes >= MAX_MISSED_PROBES and sidecar.state is State.READY:
-                sidecar.is_restart_due = True
-                actions = self._begin_stop_locked(sidecar, "it does not answer")
+            was_idle = sidecar.missed_probes > 0
+            if sidecar.state is not State.READY or (was_idle and sidecar.in_flight):
+                return
+            sidecar.is_restart_due = True
+            actions = self._begin_stop_locked(sidecar, why)
         _run(actions)
 
 
@@ -931,7 +1084,21 @@ def _exit_words(code: int) -> str:
 
 
 def _lost_the_port(sidecar: Sidecar) -> bool:
-    return any("couldn't bind" in line for line in sidecar.tail)
+    return sidecar.has_lost_port or any("couldn't bind" in line for line in sidecar.tail)
+
+
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|out of device memory|OutOfDeviceMemory|OutOfHostMemory|cudaMalloc failed"
+    "|failed to allocate|unable to allocate|not enough memory|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def _ran_out_of_memory(sidecar: Sidecar, error: SidecarError | None) -> bool:
+    """Whether its process ended, and its last lines say that this is why."""
+    if not isinstance(error, LoadFailed):
+        return False
+    return any(_OUT_OF_MEMORY.search(line) for line in list(sidecar.tail))
 
 
 def _probe(upstream: Upstream) -> str:
@@ -955,14 +1122,25 @@ def _health(upstream: Upstream) -> int | None:
     return _get(upstream, "/health", None)
 
 
+def _slots(upstream: Upstream) -> bytes:
+    """What its slots have done so far, as text that changes when they move; empty: no answer."""
+    status, body = _exchange(upstream, "/slots", upstream.api_key)
+    return body if status == 200 else b""
+
+
 def _get(upstream: Upstream, path: str, key: str | None) -> int | None:
     """The status of a GET, None if there is no answer within PROBE_TIMEOUT_S."""
+    return _exchange(upstream, path, key)[0]
+
+
+def _exchange(upstream: Upstream, path: str, key: str | None) -> tuple[int | None, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", upstream.port, timeout=PROBE_TIMEOUT_S)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
-        return connection.getresponse().status
+        response = connection.getresponse()
+        return response.status, response.read(MAX_SLOTS_BYTES)
     except (OSError, http.client.HTTPException):
-        return None
+        return None, b""
     finally:
         connection.close()
 

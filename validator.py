@@ -137,7 +137,11 @@ class RequestDefaults:
         return bool(self.fields)
 
     def applied_to(self, body: "JsonObject") -> str:
-        """The body with each field that it lacks; all else stays letter by letter.
+        """The body with each field that it lacks; all else stays letter by letter."""
+        return body.with_members(self.fields_for(body))
+
+    def fields_for(self, body: "JsonObject") -> dict[str, str]:
+        """Those that this body lacks.
 
         The body wins over a default, and null counts as absent. Rules and
         precedence: llama.cpp's tools/server/server-schema.cpp, server-common.cpp.
@@ -148,7 +152,7 @@ class RequestDefaults:
                 text = _merged_kwargs(text, body)
             if text and not _is_settled(field, body):
                 added[field] = text
-        return body.with_members(added)
+        return added
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,9 @@ Windows and POSIX systems is decided here, once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import os
 import select
 import shlex
@@ -50,6 +52,76 @@ def child_environment(private_dir: Path, extra: Mapping[str, str]) -> dict[str, 
 def private_dir() -> tempfile.TemporaryDirectory[str]:
     """A new empty folder that only this user can enter; gone when it is cleaned up."""
     return tempfile.TemporaryDirectory(prefix="llama-sidecar-", ignore_cleanup_errors=True)
+
+
+class Roster:
+    """A file that names the children of this process, for `end_orphans` after a crash.
+
+    Safe to share by threads. It is a second line behind the parent-death signal
+    and the job object: a folder that cannot be written to is no fault.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / f"{os.getpid()}.json"
+        self._lock = threading.Lock()  # guards _children, held while the file is written
+        self._children: dict[int, dict[str, object]] = {}
+
+    def add(self, pid: int, port: int, hash_: str) -> None:
+        stamp = process_stamp(pid)
+        if stamp is not None:
+            with self._lock:
+                self._children[pid] = {"pid": pid, "stamp": stamp, "port": port, "hash": hash_}
+                self._write()
+
+    def remove(self, pid: int) -> None:
+        with self._lock:
+            if self._children.pop(pid, None):
+                self._write()
+
+    def close(self) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        stamp = process_stamp(os.getpid())
+        record = {"stamp": stamp, "children": list(self._children.values())}
+        half = self._file.with_suffix(".new")
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            half.write_text(json.dumps(record), encoding="utf-8")
+            half.replace(self._file)
+
+
+def end_orphans(folder: Path) -> list[str]:
+    """End what daemons that are gone have left running; a line for each, for the log.
+
+    A process is ended only if it started at the very moment that was noted: a
+    number that belongs to another program by now is left alone.
+    """
+    ended = []
+    for file in sorted(folder.glob("[0-9]*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            owner, children = int(file.stem), list(record["children"])
+            if process_stamp(owner) == record["stamp"]:
+                continue  # that daemon lives
+            for child in children:
+                if end_process(int(child["pid"]), str(child["stamp"])):
+                    ended.append("pid={pid} port={port} hash={hash}".format_map(child))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # half a file, or none of ours: nothing can be said of its processes
+        with contextlib.suppress(OSError):
+            file.unlink()
+    return ended
+
+
+def state_dir() -> Path:
+    """Where this user's programs keep what they must find again after a restart."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+        return Path(base or Path.home() / "AppData" / "Local") / "llama-sidecar"
+    base = os.environ.get("XDG_STATE_HOME")
+    return Path(base or Path.home() / ".local" / "state") / "llama-sidecar"
 
 
 # Linux sends the parent-death signal when the *thread* that forked ends, so every
@@ -156,6 +228,56 @@ if sys.platform == "win32":
             if process.poll() is None:
                 raise
 
+    def process_stamp(pid: int) -> str | None:
+        """What tells this process from a later one with the same number; None if it is gone."""
+        handle = _open_process(pid, _PROCESS_QUERY_LIMITED)
+        if not handle:
+            return None
+        try:
+            return _creation_time(handle)
+        finally:
+            _kernel32().CloseHandle(handle)
+
+    def end_process(pid: int, stamp: str) -> bool:
+        """End the process that has this number and this stamp; False if there is none."""
+        handle = _open_process(pid, _PROCESS_QUERY_LIMITED | _PROCESS_TERMINATE)
+        if not handle:
+            return False
+        try:
+            is_it = _creation_time(handle) == stamp
+            return is_it and bool(_kernel32().TerminateProcess(handle, 1))
+        finally:
+            _kernel32().CloseHandle(handle)
+
+    _PROCESS_TERMINATE = 0x0001
+    _PROCESS_QUERY_LIMITED = 0x1000
+
+    def _kernel32() -> ctypes.WinDLL:
+        kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel32.OpenProcess.restype = wintypes.HANDLE
+        kernel32.OpenProcess.argtypes = [wintypes.DWORD, wintypes.BOOL, wintypes.DWORD]
+        kernel32.CloseHandle.argtypes = [wintypes.HANDLE]
+        kernel32.TerminateProcess.argtypes = [wintypes.HANDLE, wintypes.UINT]
+        moment = ctypes.POINTER(wintypes.FILETIME)
+        kernel32.GetProcessTimes.argtypes = [wintypes.HANDLE, moment, moment, moment, moment]
+        return kernel32
+
+    def _open_process(pid: int, access: int) -> int | None:
+        handle: int | None = _kernel32().OpenProcess(access, False, pid)
+        return handle
+
+    def _creation_time(handle: int) -> str | None:
+        """None for one that has ended, which lives on while somebody holds a handle."""
+        created, exited, kernel, user = (wintypes.FILETIME() for _ in range(4))
+        times = [ctypes.byref(moment) for moment in (created, exited, kernel, user)]
+        is_known = _kernel32().GetProcessTimes(handle, *times)
+        if not is_known or exited.dwHighDateTime or exited.dwLowDateTime:
+            return None
+        return f"{created.dwHighDateTime:08x}{created.dwLowDateTime:08x}"
+
+    def raise_descriptor_limit() -> None:
+        """Windows has no such limit."""
+
     def quoted_command(argv: Sequence[str]) -> str:
         """The command line as this system's shell takes it."""
         return subprocess.list2cmdline(argv)
@@ -172,6 +294,8 @@ if sys.platform == "win32":
         """Before bind: no second program may listen on this port beside us."""
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
 else:
+    import resource
+
     _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
     def contain_children() -> None:
@@ -208,6 +332,43 @@ else:
             os.killpg(process.pid, signum)
         except ProcessLookupError:
             return  # it has just ended
+
+    def process_stamp(pid: int) -> str | None:
+        """What tells this process from a later one with the same number; None if it is gone.
+
+        Known on Linux only: field 22 of proc_pid_stat(5), in a boot of this name.
+        """
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            return None
+        has_ended = fields[0] in "ZX"
+        return None if has_ended else f"{boot} {fields[19]}"
+
+    def end_process(pid: int, stamp: str) -> bool:
+        """End the process that has this number and this stamp; False if there is none."""
+        if sys.platform != "linux":
+            return False
+        try:
+            descriptor = os.pidfd_open(pid)
+        except OSError:
+            return False
+        try:
+            if process_stamp(pid) != stamp:
+                return False
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def raise_descriptor_limit() -> None:
+        """As many sockets as the system lets this user have."""
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
     def quoted_command(argv: Sequence[str]) -> str:
         """The command line as this system's shell takes it."""

@@ -147,6 +147,7 @@ def running_daemon(
 def started_daemon(settings: Mapping[str, str], folder: Path) -> Iterator[Daemon]:
     """A daemon with exactly these settings beside PATH and HOME; waits until it listens."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment["LLAMA_SIDECAR_STATE_DIR"] = str(folder / "state")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "llama_sidecar.py")],
         env=environment | dict(settings),

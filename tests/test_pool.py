@@ -30,7 +30,7 @@ from tests.daemon import (
 )
 from validator import SidecarSpec
 
-FAILS = {"exit_on_load": {"code": 7, "message": "E ggml: out of memory, says the fake"}}
+FAILS = {"exit_on_load": {"code": 7, "message": "E ggml: no such tensor, says the fake"}}
 HOSTILE = {
     "LLAMA_ARG_CTX_SIZE": "17",
     "LLAMA_ARG_PORT": "1",
@@ -225,7 +225,7 @@ def test_every_waiter_of_a_crashed_load_hears_exit_code_and_last_lines(
     for status, _, body in [future.result(20) for future in futures]:
         assert (status, code_of(body)) == (502, "model_load_failed")
         assert "exit code 7" in body["error"]["message"]
-        assert "out of memory, says the fake" in body["error"]["message"]
+        assert "no such tensor, says the fake" in body["error"]["message"]
     assert len(daemon.starts("fails")) == 1
 
 
@@ -235,7 +235,7 @@ def test_a_spec_that_failed_is_refused_for_a_while_with_the_stored_reason(daemon
     again = [daemon.chat("fails-at-once") for _ in range(3)]
     for status, named, body in again:
         assert (status, code_of(body)) == (502, "model_load_failed")
-        assert "out of memory, says the fake" in body["error"]["message"]
+        assert "no such tensor, says the fake" in body["error"]["message"]
         assert int(named["retry-after"]) >= 1
     assert len(daemon.starts("fails-at-once")) == 1
     wait_until(
