@@ -22,7 +22,7 @@ MODELS: dict[str, dict[str, object]] = {
     "qwen-large": {},
     "vanished": {},
     "never-started": {},
-    "broken": {"exit_on_load": {"code": 3, "message": "error: out of memory"}},
+    "broken": {"exit_on_load": {"code": 3, "message": "error: no such tensor"}},
     "endless": {"never_ready": True},
     "shown": {},
     "deleted": {},
@@ -193,7 +193,7 @@ def test_a_body_of_just_the_limit_is_taken(daemon: Daemon) -> None:
 def test_a_child_that_ends_while_loading_is_a_502_with_its_last_words(daemon: Daemon) -> None:
     message = assert_error(daemon.chat("broken"), 502, "model_load_failed")
     assert "exit code 3" in message
-    assert "error: out of memory" in message
+    assert "error: no such tensor" in message
     again = daemon.chat("broken")
     assert assert_error(again, 502, "model_load_failed") == message
     assert 1 <= int(again[1]["retry-after"]) <= 2

@@ -129,7 +129,7 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
 def test_a_body_reaches_the_child_byte_for_byte(daemon: Daemon, body: bytes) -> None:
-    status, _, answer = daemon.ask("POST", CHAT, body)
+    status, _, answer = daemon.ask("POST", "/v1/embeddings", body)
     assert status == 200
     assert answer["echo"]["body_sha256"] == hashlib.sha256(body).hexdigest()
 
@@ -151,7 +151,7 @@ def test_a_chunked_upload_reaches_the_child_joined(daemon: Daemon, size: int) ->
     pieces = [body[start : start + size] for start in range(0, len(body), size)]
     chunks = b"".join(b"%X;ext=1\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
         "Connection: close\r\n\r\n"
     ).encode()
     _, answer = answer_until_close(daemon, head + chunks + b"0\r\nX-Trailer: dropped\r\n\r\n")
@@ -299,7 +299,7 @@ def test_an_answer_says_which_sidecar_gave_it(daemon: Daemon) -> None:
 def test_an_answer_that_ends_with_the_connection_is_framed_anew(
     daemon: Daemon, stream: bool
 ) -> None:
-    body = chat_body("plain", stream=stream, fake={"close_delimited": True})
+    body = chat_body("plain", stream=stream, n=2, fake={"close_delimited": True})
     head, answer = answer_until_close(daemon, request_bytes(body, "Connection: close"))
     assert head.startswith(b"HTTP/1.1 200 ")
     assert b"\r\nTransfer-Encoding: chunked" in head
@@ -416,7 +416,7 @@ def test_a_stream_that_breaks_is_cut_and_not_ended(daemon: Daemon, fake: dict[st
 
 
 def test_an_answer_shorter_than_announced_is_cut(daemon: Daemon) -> None:
-    body = chat_body("plain", fake={"truncate_body": 10})
+    body = chat_body("plain", n=2, fake={"truncate_body": 10})
     head, answer = answer_until_close(daemon, request_bytes(body))
     match = re.search(rb"\r\nContent-Length: ([0-9]+)", head)
     assert match
