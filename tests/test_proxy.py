@@ -151,9 +151,9 @@ def test_a_chunked_upload_reaches_the_child_joined(daemon: Daemon, size: int) ->
     pieces = [body[start : start + size] for start in range(0, len(body), size)]
     chunks = b"".join(b"%X;ext=1\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
     head = (
-        "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
-        "Connection: close\r\n\r\n"
-    ).encode()
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        b"Connection: close\r\n\r\n"
+    )
     _, answer = answer_until_close(daemon, head + chunks + b"0\r\nX-Trailer: dropped\r\n\r\n")
     echo = json.loads(answer)["echo"]
     assert echo["body_sha256"] == hashlib.sha256(body).hexdigest()
