@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import enum
 import json
 import os
+import queue
 import select
 import shlex
 import signal
@@ -18,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 # What a child may see of our environment. LLAMA_*, GGML_*, AIP_* and HF_TOKEN are
 # left out on purpose: each of them can change a llama-server's port, model or behaviour.
@@ -46,6 +52,12 @@ def child_environment(private_dir: Path, extra: Mapping[str, str]) -> dict[str, 
         if name.upper() in KEPT_VARIABLES or name.upper().startswith(KEPT_PREFIXES)
     }
     private = {"XDG_CONFIG_HOME": str(private_dir), "APPDATA": str(private_dir)}
+    if getattr(sys, "frozen", False):
+        for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"):
+            original = os.environ.get(f"{name}_ORIG")  # PyInstaller's own libraries stand there
+            kept |= {name: original} if original else {}
+            if not original:
+                kept.pop(name, None)
     return kept | private | {"GGML_NO_BACKTRACE": "1"} | dict(extra)
 
 
@@ -278,6 +290,10 @@ if sys.platform == "win32":
     def raise_descriptor_limit() -> None:
         """Windows has no such limit."""
 
+    def restore_dll_search() -> None:
+        """Undo what PyInstaller's bootloader does, which children would inherit."""
+        _kernel32().SetDllDirectoryW(None)
+
     def quoted_command(argv: Sequence[str]) -> str:
         """The command line as this system's shell takes it."""
         return subprocess.list2cmdline(argv)
@@ -370,6 +386,9 @@ else:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
+    def restore_dll_search() -> None:
+        """Nothing to do here: `child_environment` gives the library path back."""
+
     def quoted_command(argv: Sequence[str]) -> str:
         """The command line as this system's shell takes it."""
         return shlex.join(argv)
@@ -424,3 +443,416 @@ def start_thread(name: str, target: Callable[..., None], *args: object) -> threa
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
     return thread
+
+
+# --- a service of the Service Control Manager
+
+
+class ServiceState(enum.IntEnum):
+    """dwCurrentState of SERVICE_STATUS, winsvc.h."""
+
+    STOPPED = 1
+    START_PENDING = 2
+    STOP_PENDING = 3
+    RUNNING = 4
+
+
+SERVICE_MOVES: Final[Mapping[ServiceState, frozenset[ServiceState]]] = {
+    ServiceState.START_PENDING: frozenset(
+        {ServiceState.RUNNING, ServiceState.STOP_PENDING, ServiceState.STOPPED}
+    ),
+    ServiceState.RUNNING: frozenset({ServiceState.STOP_PENDING, ServiceState.STOPPED}),
+    ServiceState.STOP_PENDING: frozenset({ServiceState.STOPPED}),
+    ServiceState.STOPPED: frozenset(),
+}
+SERVICE_NAME: Final = "llama-sidecar"
+SERVICE_TITLE: Final = "llama-sidecar"
+SERVICE_WORDS: Final = "Gives every coding agent a llama-server of its own."
+SERVICE_TICK_S: Final = 1.0  # between two checkpoints while it starts or stops
+SERVICE_HINT_MS: Final = 10_000  # how long Windows may wait for the next one
+RESTART_AFTER_MS: Final = 5_000
+FAILURES_FORGOTTEN_AFTER_S: Final = 86_400
+
+_ACCEPT_STOP, _ACCEPT_SHUTDOWN, _ACCEPT_PRESHUTDOWN = 0x1, 0x4, 0x100
+_CONTROL_STOP, _CONTROL_INTERROGATE, _CONTROL_SHUTDOWN, _CONTROL_PRESHUTDOWN = 1, 4, 5, 15
+STOP_CONTROLS: Final = frozenset({_CONTROL_STOP, _CONTROL_SHUTDOWN, _CONTROL_PRESHUTDOWN})
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceStatus:
+    """What is told to the Service Control Manager: the fields of SERVICE_STATUS that change."""
+
+    state: ServiceState
+    controls_accepted: int
+    exit_code: int
+    checkpoint: int
+    wait_hint_ms: int
+
+
+class ServiceProgress:
+    """Which status comes next, by the rules of SetServiceStatus: rising checkpoints.
+
+    A pending state has a checkpoint that rises with every report, and takes no
+    controls; the others have none. Not safe to share by threads.
+    """
+
+    def __init__(self) -> None:
+        self.state = ServiceState.START_PENDING
+        self._checkpoint = 0
+
+    def moved_to(self, state: ServiceState, exit_code: int = 0) -> ServiceStatus:
+        """The status after a move, or the next one of the same pending state."""
+        if state is not self.state:
+            if state not in SERVICE_MOVES[self.state]:
+                raise AssertionError(f"a service cannot go from {self.state} to {state}")
+            self.state, self._checkpoint = state, 0
+        is_pending = state in (ServiceState.START_PENDING, ServiceState.STOP_PENDING)
+        self._checkpoint += is_pending
+        accepted = _ACCEPT_STOP | _ACCEPT_SHUTDOWN | _ACCEPT_PRESHUTDOWN
+        return ServiceStatus(
+            state,
+            accepted if state is ServiceState.RUNNING else 0,
+            exit_code,
+            self._checkpoint if is_pending else 0,
+            SERVICE_HINT_MS if is_pending else 0,
+        )
+
+
+class SystemRefused(Exception):
+    """The system did not do what it was asked for; its own words, with the number."""
+
+
+Work = Callable[["queue.SimpleQueue[int]", Callable[[], None]], int]
+
+if sys.platform == "win32":
+    import winreg
+
+    _SC_ALL_ACCESS, _SERVICE_ALL_ACCESS = 0xF003F, 0xF01FF
+    _SC_CONNECT, _SERVICE_QUERY = 0x1, 0x4
+    _OWN_PROCESS, _AUTO_START, _ERROR_NORMAL = 0x10, 2, 1
+    _CONFIG_DESCRIPTION, _CONFIG_FAILURE_ACTIONS, _CONFIG_PRESHUTDOWN = 1, 2, 7
+    _ACTION_RESTART = 1
+    _ERROR_CALL_NOT_IMPLEMENTED, _ERROR_NOT_ACTIVE = 120, 1062
+    _ADVICE = {5: "run as administrator", 1060: "install it first: llama-sidecar service install"}
+
+    class _ServiceStatus(ctypes.Structure):
+        _fields_ = [
+            (name, wintypes.DWORD)
+            for name in (
+                "type state controls_accepted exit_code own_exit_code checkpoint wait_hint".split()
+            )
+        ]
+
+    _MainFunction = ctypes.WINFUNCTYPE(None, wintypes.DWORD, ctypes.POINTER(wintypes.LPWSTR))
+    _HandlerFunction = ctypes.WINFUNCTYPE(
+        wintypes.DWORD, wintypes.DWORD, wintypes.DWORD, ctypes.c_void_p, ctypes.c_void_p
+    )
+
+    class _TableEntry(ctypes.Structure):
+        _fields_ = [("name", wintypes.LPWSTR), ("main", _MainFunction)]
+
+    class _Description(ctypes.Structure):
+        _fields_ = [("text", wintypes.LPWSTR)]
+
+    class _FailureAction(ctypes.Structure):
+        _fields_ = [("type", ctypes.c_int), ("delay_ms", wintypes.DWORD)]
+
+    class _FailureActions(ctypes.Structure):
+        _fields_ = [
+            ("forgotten_after_s", wintypes.DWORD),
+            ("reboot_message", wintypes.LPWSTR),
+            ("command", wintypes.LPWSTR),
+            ("count", wintypes.DWORD),
+            ("actions", ctypes.POINTER(_FailureAction)),
+        ]
+
+    def _advapi32() -> ctypes.WinDLL:
+        library = ctypes.WinDLL("advapi32", use_last_error=True)
+        handle, text, number = wintypes.HANDLE, wintypes.LPCWSTR, wintypes.DWORD
+        for name, result, arguments in (
+            ("OpenSCManagerW", handle, [text, text, number]),
+            ("OpenServiceW", handle, [handle, text, number]),
+            (
+                "CreateServiceW",
+                handle,
+                [handle, text, text, *[number] * 4, text, text, *[ctypes.c_void_p] * 2, text, text],
+            ),
+            ("ChangeServiceConfig2W", wintypes.BOOL, [handle, number, ctypes.c_void_p]),
+            ("StartServiceW", wintypes.BOOL, [handle, number, ctypes.c_void_p]),
+            ("ControlService", wintypes.BOOL, [handle, number, ctypes.c_void_p]),
+            ("QueryServiceStatus", wintypes.BOOL, [handle, ctypes.c_void_p]),
+            ("DeleteService", wintypes.BOOL, [handle]),
+            ("CloseServiceHandle", wintypes.BOOL, [handle]),
+            ("StartServiceCtrlDispatcherW", wintypes.BOOL, [ctypes.c_void_p]),
+            (
+                "RegisterServiceCtrlHandlerExW",
+                handle,
+                [text, _HandlerFunction, ctypes.c_void_p],
+            ),
+            ("SetServiceStatus", wintypes.BOOL, [handle, ctypes.c_void_p]),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        return library
+
+    def _system_refused() -> SystemRefused:
+        number = ctypes.get_last_error()
+        words = ctypes.FormatError(number).strip().rstrip(".")
+        advice = f": {_ADVICE[number]}" if number in _ADVICE else ""
+        return SystemRefused(f"{words} (error {number}){advice}")
+
+    @contextlib.contextmanager
+    def _opened_service(access: int) -> Iterator[tuple[ctypes.WinDLL, int]]:
+        """The service of our name. Raises SystemRefused."""
+        library = _advapi32()
+        manager = library.OpenSCManagerW(None, None, _SC_CONNECT)
+        if not manager:
+            raise _system_refused()
+        try:
+            service = library.OpenServiceW(manager, SERVICE_NAME, access)
+            if not service:
+                raise _system_refused()
+            try:
+                yield library, service
+            finally:
+                library.CloseServiceHandle(service)
+        finally:
+            library.CloseServiceHandle(manager)
+
+    def install_service(command: Sequence[str], variables: Mapping[str, str]) -> None:
+        """Register the program as a service that starts with Windows. Raises SystemRefused.
+
+        The variables are stored in the service's own environment. After a
+        failure Windows starts it again in RESTART_AFTER_MS.
+        """
+        library = _advapi32()
+        manager = library.OpenSCManagerW(None, None, _SC_ALL_ACCESS)
+        if not manager:
+            raise _system_refused()
+        try:
+            service = library.CreateServiceW(
+                *(manager, SERVICE_NAME, SERVICE_TITLE, _SERVICE_ALL_ACCESS),
+                *(_OWN_PROCESS, _AUTO_START, _ERROR_NORMAL, subprocess.list2cmdline(command)),
+                *(None, None, None, None, None),
+            )
+            if not service:
+                raise _system_refused()
+            try:
+                _describe(library, service)
+            finally:
+                library.CloseServiceHandle(service)
+        finally:
+            library.CloseServiceHandle(manager)
+        _store_environment(variables)
+
+    def _describe(library: ctypes.WinDLL, service: int) -> None:
+        description = _Description(SERVICE_WORDS)
+        restart = (_FailureAction * 3)(*[_FailureAction(_ACTION_RESTART, RESTART_AFTER_MS)] * 3)
+        actions = _FailureActions(FAILURES_FORGOTTEN_AFTER_S, None, None, 3, restart)
+        for kind, value in (
+            (_CONFIG_DESCRIPTION, description),
+            (_CONFIG_FAILURE_ACTIONS, actions),
+        ):
+            if not library.ChangeServiceConfig2W(service, kind, ctypes.byref(value)):
+                raise _system_refused()
+
+    def _store_environment(variables: Mapping[str, str]) -> None:
+        path = rf"SYSTEM\CurrentControlSet\Services\{SERVICE_NAME}"
+        lines = [f"{name}={value}" for name, value in variables.items()]
+        try:
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path, 0, winreg.KEY_SET_VALUE) as key:
+                winreg.SetValueEx(key, "Environment", 0, winreg.REG_MULTI_SZ, lines)
+        except OSError as exc:
+            raise SystemRefused(f"{exc.strerror} (error {exc.winerror})") from exc
+
+    def start_service() -> None:
+        """Ask Windows to start it; returns at once. Raises SystemRefused."""
+        with _opened_service(_SERVICE_ALL_ACCESS) as (library, service):
+            if not library.StartServiceW(service, 0, None):
+                raise _system_refused()
+
+    def stop_service(timeout_s: float) -> None:
+        """Stop it and wait until it has stopped. Raises SystemRefused."""
+        with _opened_service(_SERVICE_ALL_ACCESS) as (library, service):
+            status = _ServiceStatus()
+            if not library.ControlService(service, _CONTROL_STOP, ctypes.byref(status)):
+                if ctypes.get_last_error() == _ERROR_NOT_ACTIVE:
+                    return
+                raise _system_refused()
+            deadline = time.monotonic() + timeout_s
+            while _query(library, service) is not ServiceState.STOPPED:
+                if time.monotonic() > deadline:
+                    raise SystemRefused(f"it has not stopped within {timeout_s:g} s")
+                time.sleep(0.2)  # Windows has nothing to wait on before Windows 8
+
+    def service_state() -> ServiceState:
+        """Raises SystemRefused."""
+        with _opened_service(_SERVICE_QUERY) as (library, service):
+            return _query(library, service)
+
+    def _query(library: ctypes.WinDLL, service: int) -> ServiceState:
+        status = _ServiceStatus()
+        if not library.QueryServiceStatus(service, ctypes.byref(status)):
+            raise _system_refused()
+        return ServiceState(status.state)
+
+    def remove_service() -> None:
+        """Raises SystemRefused."""
+        with _opened_service(_SERVICE_ALL_ACCESS) as (library, service):
+            if not library.DeleteService(service):
+                raise _system_refused()
+
+    def run_as_service(work: Work) -> int:
+        """Be the service: blocks until it has stopped. Raises SystemRefused outside of one.
+
+        `work` runs in a thread of Windows' own. It gets a queue in which a
+        number stands once the service is to stop, and a function to call once
+        it serves; what it returns is the exit code.
+        """
+        running = _RunningService(work)
+        table = (_TableEntry * 2)(_TableEntry(SERVICE_NAME, running.main), _TableEntry())
+        if not _advapi32().StartServiceCtrlDispatcherW(table):
+            raise _system_refused()
+        return running.exit_code
+
+    class _RunningService:
+        def __init__(self, work: Work) -> None:
+            self.exit_code = 0
+            self.main = _MainFunction(self._main)
+            self._handler = _HandlerFunction(self._control)
+            self._work = work
+            self._stops: queue.SimpleQueue[int] = queue.SimpleQueue()
+            self._ended = threading.Event()
+            self._lock = threading.Lock()  # guards _progress, held while a status is told
+            self._progress = ServiceProgress()
+            self._library = _advapi32()
+            self._handle = 0
+
+        def _main(self, _count: int, _arguments: object) -> None:
+            self._handle = self._library.RegisterServiceCtrlHandlerExW(
+                SERVICE_NAME, self._handler, None
+            )
+            self._tell(ServiceState.START_PENDING)
+            start_thread("service-checkpoints", self._tick)
+            self.exit_code = 1
+            try:
+                self.exit_code = self._work(self._stops, lambda: self._tell(ServiceState.RUNNING))
+            finally:
+                self._ended.set()
+                self._tell(ServiceState.STOPPED, self.exit_code)
+
+        def _control(self, control: int, _type: int, _data: object, _context: object) -> int:
+            if control in STOP_CONTROLS:
+                self._tell(ServiceState.STOP_PENDING)
+                self._stops.put(control)
+            return (
+                0
+                if control in {*STOP_CONTROLS, _CONTROL_INTERROGATE}
+                else (_ERROR_CALL_NOT_IMPLEMENTED)
+            )
+
+        def _tick(self) -> None:
+            """While it starts or stops, show Windows that it goes on."""
+            while not self._ended.wait(SERVICE_TICK_S):
+                state = self._progress.state
+                if state is not ServiceState.RUNNING:
+                    self._tell(state)
+
+        def _tell(self, state: ServiceState, exit_code: int = 0) -> None:
+            with self._lock:
+                if self._progress.state is ServiceState.STOPPED:
+                    return
+                if self._progress.state is ServiceState.STOP_PENDING and state in (
+                    ServiceState.START_PENDING,
+                    ServiceState.RUNNING,
+                ):
+                    return  # it was told to stop before it served
+                told = self._progress.moved_to(state, exit_code)
+                status = _ServiceStatus(
+                    *(_OWN_PROCESS, told.state, told.controls_accepted, told.exit_code, 0),
+                    *(told.checkpoint, told.wait_hint_ms),
+                )
+                self._library.SetServiceStatus(self._handle, ctypes.byref(status))
+else:
+
+    def _not_here() -> SystemRefused:
+        return SystemRefused("services of this kind are Windows' own: use systemd, say")
+
+    def install_service(command: Sequence[str], variables: Mapping[str, str]) -> None:
+        """Raises SystemRefused: there is no Service Control Manager here."""
+        raise _not_here()
+
+    def start_service() -> None:
+        """Raises SystemRefused: there is no Service Control Manager here."""
+        raise _not_here()
+
+    def stop_service(timeout_s: float) -> None:
+        """Raises SystemRefused: there is no Service Control Manager here."""
+        raise _not_here()
+
+    def service_state() -> ServiceState:
+        """Raises SystemRefused: there is no Service Control Manager here."""
+        raise _not_here()
+
+    def remove_service() -> None:
+        """Raises SystemRefused: there is no Service Control Manager here."""
+        raise _not_here()
+
+    def run_as_service(work: Work) -> int:
+        """Raises SystemRefused: there is no Service Control Manager here."""
+        raise _not_here()
+
+
+# --- a task of the Task Scheduler
+
+TASK_NAME: Final = "llama-sidecar"
+
+
+def task_xml(program: str, arguments: str, folder: str, user: str) -> str:
+    """A task that runs a program at this user's logon, and keeps it running.
+
+    By the Task Scheduler schema 1.2: no end after 72 hours, none on battery,
+    another start a minute after a failure. Save it as UTF-16.
+    """
+    settings = {
+        "MultipleInstancesPolicy": "IgnoreNew",
+        "DisallowStartIfOnBatteries": "false",
+        "StopIfGoingOnBatteries": "false",
+        "AllowHardTerminate": "true",
+        "StartWhenAvailable": "true",
+        "RunOnlyIfNetworkAvailable": "false",
+        "AllowStartOnDemand": "true",
+        "Enabled": "true",
+        "Hidden": "false",
+        "RunOnlyIfIdle": "false",
+        "WakeToRun": "false",
+        "ExecutionTimeLimit": "PT0S",
+        "Priority": "5",
+    }
+    task = ElementTree.Element("Task", {"version": "1.2", "xmlns": _TASK_SCHEMA})
+    _add(task, "RegistrationInfo", {"Description": SERVICE_WORDS})
+    trigger = ElementTree.SubElement(task, "Triggers")
+    _add(trigger, "LogonTrigger", {"Enabled": "true", "UserId": user})
+    principals = ElementTree.SubElement(task, "Principals")
+    identity = {"UserId": user, "LogonType": "InteractiveToken", "RunLevel": "LeastPrivilege"}
+    _add(principals, "Principal", identity).set("id", "Author")
+    wanted = _add(task, "Settings", settings)
+    restart = _add(wanted, "RestartOnFailure", {"Interval": "PT1M", "Count": "255"})
+    wanted.remove(restart)
+    wanted.insert(list(settings).index("ExecutionTimeLimit"), restart)
+    actions = ElementTree.SubElement(task, "Actions", {"Context": "Author"})
+    what = {"Command": program, "Arguments": arguments, "WorkingDirectory": folder}
+    _add(actions, "Exec", what)
+    ElementTree.indent(task)
+    text = ElementTree.tostring(task, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-16"?>\n{text}\n'
+
+
+_TASK_SCHEMA: Final = "http://schemas.microsoft.com/windows/2004/02/mit/task"
+
+
+def _add(parent: Element, name: str, texts: Mapping[str, str]) -> Element:
+    child = ElementTree.SubElement(parent, name)
+    for tag, text in texts.items():
+        ElementTree.SubElement(child, tag).text = text
+    return child
