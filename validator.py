@@ -1364,9 +1364,13 @@ class FlagTable:
         return _TableForBinary(self, help_text).table()
 
     def knows(self, word: str) -> bool:
-        """Whether the binary takes this very spelling."""
+        """Whether the binary takes the flag, by this name or another."""
+        return self.spoken(word) is not None
+
+    def spoken(self, word: str) -> str | None:
+        """What the binary calls the flag; None if it does not know it."""
         spelling = self.spellings.get(word)
-        return spelling is not None and spelling.spoken is not None
+        return spelling.spoken if spelling else None
 
     def flag(self, word: str) -> Flag | None:
         spelling, inline = self.look_up(word)
