@@ -356,10 +356,11 @@ def test_the_largest_file_that_travels_is_sent_whole(opened: OpenedFlags, tmp_pa
 
 def test_a_file_is_read_for_each_request(opened: OpenedFlags, tmp_path: Path) -> None:
     subject = Validator([], opened=opened)
+    layer = subject.model_args([])
     texts = []
     for text in ("one", "two"):
         (tmp_path / "g").write_text(text)
-        found = subject.resolve("m", MODEL, subject.model_args([]), "--grammar-file g")
+        found = subject.resolve("m", MODEL, layer, "--grammar-file g")
         texts.append(found.defaults.fields["grammar"])
     assert texts == ['"one"', '"two"']
 

@@ -709,6 +709,39 @@ def test_a_larger_one_that_runs_dry_takes_no_smaller_work(
             assert lease.sidecar.spec is small
 
 
+def test_where_one_larger_runs_dry_another_takes_the_smaller_work(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with bench_in(tmp_path, fair_wait_s=0.2) as bench:
+        smaller = lease_in(bench, bench.spec_with(8192))
+        with lease_in(bench, bench.spec_with(16384)) as largest:
+            with smaller:
+                cold = threads.submit(bench.use, "cold")
+                wait_until(lambda: smaller.sidecar.is_draining, "the least used is to run dry")
+                with lease_in(bench, bench.spec_with(4096)) as lease:
+                    assert lease.sidecar is largest.sidecar
+            assert cold.result(15).spec.model_id == "cold"
+
+
+def test_a_larger_one_that_need_not_run_dry_any_more_takes_smaller_work_again(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    tickets: list[Ticket] = []
+    with bench_in(tmp_path, max_sidecars=1, fair_wait_s=0.2) as bench:
+        large, small = bench.spec_with(8192), bench.spec_with(4096)
+        with lease_in(bench, large) as busy:
+            cold = bench.spec("cold")
+            waiting = threads.submit(lambda: bench.pool.lease(cold, 20, on_wait=tickets.append))
+            wait_until(lambda: busy.sidecar.is_draining, "the busy one is to run dry")
+            again = threads.submit(lease_in, bench, small)
+            wait_until(lambda: bench.pool.counts()[1] == 2, "the smaller one waits")
+            bench.pool.cancel(tickets[0])
+            with pytest.raises(pool.WaitCancelled):
+                waiting.result(5)
+            with again.result(10) as lease:
+                assert lease.sidecar is busy.sidecar
+
+
 # --- health
 
 
