@@ -189,10 +189,8 @@ class Catalog:
 
     def own_args(self) -> tuple[str, ...]:
         """What the daemon sets besides model, host, port and alias."""
-        knows = self.validator.table.knows
-        no_ui = next((flag for flag in ("--no-ui", "--no-webui") if knows(flag)), "")
-        offline = "--offline" if knows("--offline") else ""
-        return tuple(filter(None, (no_ui, offline)))
+        spoken = map(self.validator.table.spoken, ("--no-ui", "--offline"))
+        return tuple(flag for flag in spoken if flag)
 
     def read_anew(self, validator: Validator) -> Catalog:
         """The same models for another llama-server. Raises FlagsRefused."""

@@ -555,7 +555,7 @@ class Pool:
         """The sidecar whose turn the ticket waits for, if there is one.
 
         Its own, or while that is not up one that is alive with a larger context:
-        of several one that is ready, then the smallest.
+        of several one that takes work, else one that loads, then the smallest.
         """
         own = self._sidecars.get(ticket.spec.hash)
         if ticket.is_exact or (own and own.state is not State.STOPPING):
@@ -563,11 +563,11 @@ class Pool:
         larger = (
             s
             for s in self._sidecars.values()
-            if s.state in (State.STARTING, State.READY)
-            and not s.is_draining
-            and s.spec.can_serve(ticket.spec)
+            if s.state in (State.STARTING, State.READY) and s.spec.can_serve(ticket.spec)
         )
-        return min(larger, key=lambda s: (s.state is not State.READY, s.spec.context), default=own)
+        return min(
+            larger, key=lambda s: (not s.takes_work, s.is_draining, s.spec.context), default=own
+        )
 
     def _end_drains_locked(self) -> None:
         """Let drained sidecars take work again once nobody needs room any more."""
@@ -715,7 +715,8 @@ class Pool:
         expected_s = self._expected_load_locked(ticket.spec)
         words = self._load_words_locked(ticket.spec)
         model = ticket.spec.model_id
-        if sidecar := self._serving_locked(ticket):
+        sidecar = self._serving_locked(ticket)
+        if sidecar and not sidecar.is_draining:
             return LoadTimeout(
                 f"{model} is still loading after {timeout_s:g} s ({words}); "
                 "the load goes on, ask again",

@@ -44,6 +44,7 @@ _RESERVED_CHARS: Final = 2_048  # for the program, the model and what the daemon
 
 _CTX_SIZE: Final = "--ctx-size"
 _KWARGS: Final = "chat_template_kwargs"
+_EFFORT: Final = "reasoning_effort"
 
 _SLOTS_BY_DEFAULT: Final = 4  # tools/server/server.cpp, where --parallel is not given or -1
 
@@ -493,12 +494,24 @@ def _lifted(
                 texts[-1] = _json_text(setting, operators, body, unescape)
         except _Unsayable:
             kept.add(setting.flag.name)
+    kept = _with_neighbours(kept, agents.settings)
     fields: dict[str, str] = {}
     for setting, text in zip(agents.settings, texts, strict=True):
-        if text and setting.flag.name not in kept:
+        if setting.flag.name not in kept:
             _add_field(fields, setting.flag, text, body)
     staying = [s for s in agents.settings if s.flag.name in kept]
     return _layer(staying, agents.touches_files), RequestDefaults(fields)
+
+
+def _with_neighbours(names: set[str], settings: Sequence[Setting]) -> set[str]:
+    """The names, and those of flags whose place before or after one of them counts."""
+    while more := {
+        s.flag.name
+        for s in settings
+        if s.flag.name not in names and not names.isdisjoint(s.flag.order_with)
+    }:
+        names = names | more
+    return names
 
 
 class _Unsayable(Exception):
@@ -533,6 +546,8 @@ def _cannot_replace(setting: Setting, theirs: Setting, text: str) -> bool:
     flag, name = setting.flag, theirs.flag.name
     if flag.name == "--logit-bias" and name == "--ignore-eos":
         return True  # it is a list of biases too, and a request's list takes its place
+    if flag.body == _EFFORT and theirs.flag.body == _KWARGS and text == _NOTHING:
+        return True  # the default level takes theirs away, which no request can
     if name != flag.name and name not in flag.removes:
         return False
     return text == _NOTHING or flag.body == _KWARGS or theirs.flag.body != flag.body
@@ -540,12 +555,17 @@ def _cannot_replace(setting: Setting, theirs: Setting, text: str) -> bool:
 
 def _add_field(fields: dict[str, str], flag: Flag, text: str, body: Body) -> None:
     name = _field_in(body, _root(flag)) or ""
+    if name == _EFFORT and _KWARGS in fields:
+        texts = JsonObject(fields[_KWARGS]).texts()
+        fields[_KWARGS] = _json_members({key: texts[key] for key in texts if key != _EFFORT})
+    if text == _NOTHING:
+        return
     if name == _KWARGS:
         key = str(flag.body).partition(".")[2]
         added = {key: text} if key else JsonObject(text).texts()
         fields[name] = _json_members(JsonObject(fields.get(name, "{}")).texts() | added)
-        if "reasoning_effort" in added:
-            fields.pop("reasoning_effort", None)
+        if _EFFORT in added:
+            fields.pop(_EFFORT, None)
     elif flag.accumulates:
         before = fields.get(name, "[]")[1:-1]
         fields[name] = f"[{before},{text}]" if before else f"[{text}]"
@@ -717,7 +737,7 @@ _SETTLED_BY: Final[Mapping[str, tuple[str, ...]]] = {
     "grammar": _CONSTRAINTS,
     "json_schema": _CONSTRAINTS,
     "reasoning_budget_tokens": ("reasoning_budget_tokens", "thinking_budget_tokens"),
-    "reasoning_effort": ("reasoning_effort", "reasoning"),
+    _EFFORT: (_EFFORT, "reasoning"),
 }
 _EMPTY_COUNTS_AS_ABSENT = frozenset({"stop", "stop_sequences", "tools"})
 
@@ -726,9 +746,9 @@ def _is_settled(field: str, body: "JsonObject") -> bool:
     """Whether the body itself says what the field would."""
     if field == _KWARGS:
         return False  # it was merged
-    if field == "reasoning_effort":
+    if field == _EFFORT:
         kwargs = body.values.get(_KWARGS)
-        if isinstance(kwargs, dict) and "reasoning_effort" in kwargs:
+        if isinstance(kwargs, dict) and _EFFORT in kwargs:
             return True
     for name in _SETTLED_BY.get(field, (field,)):
         value = body.values.get(name)
@@ -1348,9 +1368,13 @@ class FlagTable:
         return _TableForBinary(self, help_text).table()
 
     def knows(self, word: str) -> bool:
-        """Whether the binary takes this very spelling."""
+        """Whether the binary takes the flag, by this name or another."""
+        return self.spoken(word) is not None
+
+    def spoken(self, word: str) -> str | None:
+        """What the binary calls the flag; None if it does not know it."""
         spelling = self.spellings.get(word)
-        return spelling is not None and spelling.spoken is not None
+        return spelling.spoken if spelling else None
 
     def flag(self, word: str) -> Flag | None:
         spelling, inline = self.look_up(word)

@@ -964,7 +964,9 @@ def print_help() -> None:
         names = [flag["name"], *flag.get("aliases", []), *flag.get("negated", [])]
         *shorter, longest = sorted(names, key=len)
         left = "".join(f"{name + ', ':<7}" for name in shorter) + longest
-        print(f"{left + ' ' + flag.get('value_hint', ''):<39} as the real one has it")
+        left = f"{left} {flag.get('value_hint', '')}"
+        gap = "\n" + 40 * " " if len(left) > 38 else (40 - len(left)) * " "
+        print(f"{left}{gap}as the real one has it")
 
 
 def main(argv: list[str]) -> int:

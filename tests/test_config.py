@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import llama_sidecar
-from llama_sidecar import Config, ConfigError, Model, read_config
-from tests.daemon import FAKE_SERVER, ROOT, free_port_range, started_daemon
+from llama_sidecar import Config, ConfigError, LiveCatalog, Model, read_config
+from tests.daemon import FAKE_SERVER, ROOT, free_port_range, running_daemon, started_daemon
+from validator import FlagsRefused
 
 CONTRACT = {
     "LLAMA_SERVER_BIN": "",
@@ -174,6 +180,16 @@ BAD_VALUES = [
     ("LLAMA_SIDECAR_MAX_BODY_MB", "1025", "takes a whole number from 1 to 1024"),
     ("LLAMA_SIDECAR_MAX_CONNECTIONS", "many", "takes a whole number from 1 to"),
     ("LLAMA_SIDECAR_DRAIN_SECONDS", "30 s", "takes a number of seconds above 0"),
+    ("LLAMA_SIDECAR_UNKNOWN_FLAGS", "yes", "takes refuse or allow"),
+    ("LLAMA_SIDECAR_UNKNOWN_FLAGS", "Allow", "takes refuse or allow"),
+    ("LLAMA_SIDECAR_SHARE", "1", "takes off or on"),
+    ("LLAMA_SIDECAR_SHARE", " off", "takes off or on"),
+    ("LLAMA_SIDECAR_ISOLATE", "on", "takes off or agent"),
+    ("LLAMA_SIDECAR_AGENT_FLAGS", "--nonsense", "is no flag that llama-server is known to take"),
+    ("LLAMA_SIDECAR_AGENT_FLAGS", "--lora", "needs the folder that agents may use"),
+    ("LLAMA_SIDECAR_AGENT_FLAGS", "--lora=none", "names no existing folder"),
+    ("LLAMA_SIDECAR_AGENT_FLAGS", "--device=.", "takes no folder"),
+    ("LLAMA_SIDECAR_AGENT_FLAGS", "--port", "cannot be opened to agents"),
 ]
 
 
@@ -259,6 +275,196 @@ def test_an_address_for_others_needs_a_key_or_the_word_that_none_is_meant(
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "[::1]", "localhost"])
 def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
     assert config_of(tmp_path, LLAMA_SIDECAR_BIND=f"{host}:8402").bind == (host.strip("[]"), 8402)
+
+
+# --- what agents may say
+
+
+def flags_of(config: Config, header: str) -> tuple[str, ...]:
+    model, validator = config.catalog.models["a"], config.catalog.validator
+    return validator.resolve(model.id, model.path, model.args, header).spec.args
+
+
+def refusal_of(config: Config, header: str) -> str:
+    with pytest.raises(FlagsRefused) as caught:
+        flags_of(config, header)
+    return str(caught.value)
+
+
+def test_an_opened_flags_folder_is_relative_to_the_map_wherever_the_daemon_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "here" / "adapters" / "x.gguf"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "elsewhere").mkdir()
+    variables = required(tmp_path / "here") | {"BASE_ARGS": "[]"}
+    variables["MODEL_DIR_MAP_FILE"] = str(Path("here", "models.map"))
+    variables["LLAMA_SIDECAR_AGENT_FLAGS"] = "--lora=adapters, --device"
+    monkeypatch.chdir(tmp_path)
+    config = read_config(variables)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert flags_of(config, "--lora x.gguf") == ("--lora", str(file.resolve()))
+    assert flags_of(config, "--device none") == ("--device", "none")
+    assert "LLAMA_SIDECAR_AGENT_FLAGS=--spec-draft-device" in refusal_of(
+        config, "--spec-draft-device none"
+    )
+
+
+def test_every_fault_of_the_opened_flags_is_reported_beside_those_of_the_base_args(
+    tmp_path: Path,
+) -> None:
+    variables = {"LLAMA_SIDECAR_AGENT_FLAGS": "--nonsense,--port,--device", "BASE_ARGS": '["-q"]'}
+    faults = faults_of(required(tmp_path) | variables)
+    assert [fault.partition(": ")[0] for fault in faults] == [
+        "LLAMA_SIDECAR_AGENT_FLAGS",
+        "LLAMA_SIDECAR_AGENT_FLAGS",
+        "BASE_ARGS",
+    ]
+    assert ["--nonsense" in faults[0], "--port" in faults[1], "-q" in faults[2]] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "isolates"),
+    [
+        ({}, True, False),
+        ({"LLAMA_SIDECAR_SHARE": "on", "LLAMA_SIDECAR_ISOLATE": "off"}, True, False),
+        ({"LLAMA_SIDECAR_SHARE": "off"}, False, False),
+        ({"LLAMA_SIDECAR_ISOLATE": "agent"}, True, True),
+    ],
+)
+def test_what_is_shared_and_who_is_isolated_can_be_said(
+    tmp_path: Path, settings: dict[str, str], share: bool, isolates: bool
+) -> None:
+    config = config_of(tmp_path, **(settings | {"BASE_ARGS": "[]"}))
+    assert flags_of(config, "--temp 0.5") == (() if share else ("--temp", "0.5"))
+    assert config.isolates_agents is isolates
+
+
+# --- llama-server is replaced while the daemon runs
+
+OLD_HELP = """\
+-m,    --model FNAME                    model path to load
+--host HOST                             ip address to listen
+--port PORT                             port to listen
+-c,    --ctx-size N                     size of the prompt context
+--mmap, --no-mmap                       whether to memory-map model
+--no-webui                              no page
+"""
+NEW_HELP = OLD_HELP.replace("--mmap, --no-mmap ", "--load-mode MODE ").replace(
+    "--no-webui", "--no-ui   "
+)
+NEW_HELP += "--glow N                                a flag of the future\n"
+
+
+class Binary:
+    """A program that prints a help text, and can be replaced by another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "llama-server"
+        self._calls = folder / "calls"
+
+    def becomes(self, help_text: str, exit_code: int = 0) -> None:
+        text = self.folder / "help.txt"
+        text.write_text(help_text)
+        new = self.folder / "llama-server.new"
+        new.write_text(
+            f"#!/bin/sh\necho x >>{self._calls}\n"
+            f"cat {text}\nexit {exit_code} # {time.monotonic_ns()}\n"
+        )
+        new.chmod(0o755)
+        new.replace(self.file)
+
+    @property
+    def times_asked(self) -> int:
+        return len(self._calls.read_text().split())
+
+
+@pytest.fixture
+def binary(tmp_path: Path) -> Binary:
+    binary = Binary(tmp_path)
+    binary.becomes(OLD_HELP)
+    return binary
+
+
+def config_with(binary: Binary, **variables: str) -> Config:
+    base = {"LLAMA_SERVER_BIN": str(binary.file), "BASE_ARGS": '["--no-mmap"]'}
+    models = {"a": {"path": "a.gguf", "args": ["-c", "4096"], "aliases": ["b"]}}
+    return read_config(required(binary.folder, models) | base | variables)
+
+
+def live_args(live: LiveCatalog, header: str = "") -> tuple[str, ...]:
+    catalog = live.current()
+    model = catalog.models["a"]
+    return catalog.validator.resolve(model.id, model.path, model.args, header).spec.args
+
+
+def test_a_llama_server_that_stays_is_asked_once(binary: Binary) -> None:
+    config = config_with(binary)
+    live = LiveCatalog(config)
+    assert live.current() is live.current() is config.catalog
+    assert binary.times_asked == 1
+
+
+def test_a_replaced_llama_server_is_asked_for_its_flags_again(binary: Binary) -> None:
+    live = LiveCatalog(config_with(binary, LLAMA_SIDECAR_UNKNOWN_FLAGS="allow"))
+    assert live_args(live) == ("--ctx-size", "4096", "--no-mmap")
+    assert live.current().own_args() == ("--no-webui",)
+    with pytest.raises(FlagsRefused, match="--glow"):
+        live_args(live, "--glow 1")
+    binary.becomes(NEW_HELP)
+    assert live_args(live) == ("--ctx-size", "4096", "--load-mode", "none")
+    assert live_args(live, "--glow 1 -c 8192")[:4] == ("--ctx-size", "8192", "--glow", "1")
+    assert live.current().own_args() == ("--no-ui",)
+    assert live.current().models["b"] is live.current().models["a"]
+    assert binary.times_asked == 2
+
+
+BROKEN = {
+    "ends with an error": ("", 1),
+    "is another program": ("usage: something else\n", 0),
+    "lost a flag of the base args": (OLD_HELP.replace("--mmap, --no-mmap", "--other"), 0),
+    "lost a flag of a model": (OLD_HELP.replace("-c,    --ctx-size N", "--other N"), 0),
+}
+
+
+@pytest.mark.parametrize(("help_text", "code"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_replacement_that_cannot_be_used_leaves_what_was_known(
+    binary: Binary, caplog: pytest.LogCaptureFixture, help_text: str, code: int
+) -> None:
+    live = LiveCatalog(config_with(binary))
+    before = live.current()
+    binary.becomes(help_text, code)
+    assert live.current() is live.current() is live.current() is before
+    assert binary.times_asked == 2
+    (warning,) = [record for record in caplog.records if "has changed" in record.message]
+    assert warning.levelname == "WARNING"
+    assert str(binary.file) in warning.message
+    binary.becomes(NEW_HELP)
+    assert live_args(live) == ("--ctx-size", "4096", "--load-mode", "none")
+
+
+def test_a_llama_server_that_vanished_leaves_what_was_known(
+    binary: Binary, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = LiveCatalog(config_with(binary))
+    before = live.current()
+    caplog.clear()
+    binary.file.unlink()
+    assert live.current() is before
+    assert caplog.records == []
+    binary.becomes(NEW_HELP)
+    assert live.current() is not before
+
+
+def test_threads_that_see_the_change_together_ask_once(binary: Binary) -> None:
+    live = LiveCatalog(config_with(binary))
+    binary.becomes(NEW_HELP)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: live_args(live), range(16)))
+    assert set(found) == {("--ctx-size", "4096", "--load-mode", "none")}
+    assert binary.times_asked == 2
 
 
 # --- the model map
@@ -363,6 +569,181 @@ def test_help_names_every_variable_with_its_default(word: str) -> None:
 def test_version_says_the_version() -> None:
     ended = run_daemon({}, "--version")
     assert (ended.returncode, ended.stdout) == (0, f"llama-sidecar {llama_sidecar.__version__}\n")
+
+
+# --- the command "check"
+
+
+def checkable(folder: Path) -> dict[str, str]:
+    """Two models whose files exist, over a fake that knows the flags of a real one."""
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).write_text("{}")
+    models = {"a": "a.gguf", "b": {"path": "b.gguf", "args": ["-c", "8192"], "aliases": ["bee"]}}
+    return required(folder, models) | {"BASE_ARGS": '["-ngl", "9"]'}
+
+
+def check(
+    folder: Path, *args: str, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """What `check --model ... --json` found."""
+    ended = run_daemon(checkable(folder) | variables, "check", *args, "--json")
+    assert ended.stdout.count("\n") == 1
+    return ended, json.loads(ended.stdout)
+
+
+def test_check_says_what_every_model_comes_to(tmp_path: Path) -> None:
+    ended = run_daemon(checkable(tmp_path), "check")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    server, *rows = ended.stdout.splitlines()
+    assert re.fullmatch(rf"llama-server +{FAKE_SERVER} \(it knows [0-9]+ flags\)", server)
+    assert [row.split()[:2] for row in rows] == [["model", "a"], ["model", "b"]]
+    assert all(re.search(r" [0-9a-f]{12} ", row) for row in rows)
+    assert rows[1].endswith(f" {tmp_path / 'b.gguf'}")
+
+
+def test_check_notes_what_is_translated(binary: Binary) -> None:
+    binary.becomes(NEW_HELP)
+    (binary.folder / "a.gguf").touch()
+    variables = required(binary.folder) | {
+        "LLAMA_SERVER_BIN": str(binary.file),
+        "BASE_ARGS": '["--no-mmap"]',
+    }
+    ended = run_daemon(variables, "check")
+    assert ended.returncode == 0
+    note = ended.stdout.splitlines()[-1]
+    assert re.fullmatch(r"note +--no-mmap is --load-mode none for the llama-server in use\.", note)
+    one = run_daemon(variables, "check", "--model", "a")
+    assert note.split(maxsplit=1)[1] in one.stdout
+    assert "--load-mode none" in one.stdout
+
+
+def test_check_ends_with_2_where_a_models_file_is_missing(tmp_path: Path) -> None:
+    variables = checkable(tmp_path)
+    (tmp_path / "b.gguf").unlink()
+    ended = run_daemon(variables, "check")
+    assert ended.returncode == 2
+    assert [row.endswith(" is no file") for row in ended.stdout.splitlines()[1:]] == [False, True]
+
+
+def test_check_ends_with_2_and_every_fault_where_the_configuration_is_wrong(
+    tmp_path: Path,
+) -> None:
+    wrong = {"MAX_SIDECARS": "0", "LLAMA_SIDECAR_SHARE": "x"}
+    for args in ((), ("--model", "a")):
+        ended = run_daemon(checkable(tmp_path) | wrong, "check", *args)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert [line.split(": ")[1] for line in ended.stderr.splitlines()] == [
+            "MAX_SIDECARS",
+            "LLAMA_SIDECAR_SHARE",
+        ]
+
+
+def test_check_starts_nothing(tmp_path: Path) -> None:
+    run_daemon(checkable(tmp_path), "check")
+    check(tmp_path, "--model", "a")
+    assert list(tmp_path.glob("*.starts")) == []
+
+
+def test_check_of_a_request_says_what_would_run_and_what_travels(tmp_path: Path) -> None:
+    flags = "--temp 0.5 -c 4096 --tags x"
+    ended, found = check(tmp_path, "--model", "bee", "--flags", flags)
+    assert (ended.returncode, found["model"], found["refused"]) == (0, "b", [])
+    assert found["request"] == {"temperature": 0.5}
+    assert found["notes"] == ["--tags changes no answer and is left off."]
+    command = found["command"]
+    assert command[0] == str(FAKE_SERVER)
+    assert command[command.index("--ctx-size") + 1] == "4096"
+    assert command[command.index("--gpu-layers") + 1] == "9"
+    assert "--temp" not in command
+    text = run_daemon(checkable(tmp_path), "check", "--model", "bee", "--flags", flags)
+    assert text.returncode == 0
+    rows = dict(line.split(maxsplit=1) for line in text.stdout.splitlines())
+    assert rows == {
+        "model": "b",
+        "hash": found["hash"],
+        "command": shlex.join(command),
+        "request": '{"temperature": 0.5}',
+        "note": found["notes"][0],
+    }
+
+
+def test_check_foretells_the_hash_and_the_command_of_the_real_start(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, {"m": {}}, BASE_ARGS='["-ngl", "9"]') as daemon:
+        _, named, answer = daemon.chat("m", "-c 4096 --temp 1")
+    variables = required(tmp_path, {"m": "m.json"}) | {"BASE_ARGS": '["-ngl", "9"]'}
+    ended = run_daemon(variables, "check", "--model", "m", "--flags", "--temp 0 -c 4096", "--json")
+    found = json.loads(ended.stdout)
+    assert found["hash"] == named["x-sidecar-hash"]
+    started, foretold = answer["echo"]["argv"], found["command"][1:]
+    port = started.index("--port") + 1
+    assert foretold[port] == "8500"
+    assert foretold[:port] + foretold[port + 1 :] == started[:port] + started[port + 1 :]
+
+
+@pytest.mark.parametrize("args", [("--flags", "-fa"), ("--flags=-fa",), ("--flags", "-fa on")])
+def test_flags_may_begin_with_a_dash(tmp_path: Path, args: tuple[str, ...]) -> None:
+    _, found = check(tmp_path, "--model", "a", *args)
+    command = found["command"]
+    assert command[command.index("--flash-attn") + 1] == "on"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "request_fields", "is_kept"),
+    [
+        ("/v1/chat/completions", {"min_p": 0.1}, False),
+        ("/v1/messages", {}, True),
+        ("/v1/embeddings", {}, False),
+        ("/v1/audio/transcriptions", {}, True),
+    ],
+)
+def test_check_knows_what_each_endpoint_can_carry(
+    tmp_path: Path, endpoint: str, request_fields: dict[str, float], is_kept: bool
+) -> None:
+    args = ("--model", "a", "--flags", "--min-p 0.1", "--endpoint", endpoint)
+    _, found = check(tmp_path, *args)
+    assert found["request"] == request_fields
+    assert ("--min-p" in found["command"]) is is_kept
+
+
+def test_check_of_an_agents_own_process(tmp_path: Path) -> None:
+    hashes = [
+        check(tmp_path, "--model", "a", *args, LLAMA_SIDECAR_ISOLATE=isolate)[1]["hash"]
+        for isolate in ("agent", "off")
+        for args in ((), ("--agent-id", "ann"))
+    ]
+    assert hashes[0] == hashes[2] == hashes[3] != hashes[1]
+
+
+def test_check_ends_with_2_and_every_fault_where_flags_are_refused(tmp_path: Path) -> None:
+    args = ("--model", "a", "--flags", "--port 1 --nonsense")
+    ended, found = check(tmp_path, *args)
+    assert ended.returncode == 2
+    assert (found["model"], len(found["refused"])) == ("a", 2)
+    assert "command" not in found
+    text = run_daemon(checkable(tmp_path), "check", *args)
+    assert text.returncode == 2
+    assert text.stdout.splitlines() == [
+        "model    a",
+        *(f"refused  {fault}" for fault in found["refused"]),
+    ]
+
+
+def test_check_ends_with_2_where_the_model_is_unknown_or_its_file_missing(tmp_path: Path) -> None:
+    ended, found = check(tmp_path, "--model", "bea")
+    assert ended.returncode == 2
+    assert "no model 'bea'; nearest: bee" in found["refused"][0]
+    variables = checkable(tmp_path)
+    (tmp_path / "b.gguf").unlink()
+    ended = run_daemon(variables, "check", "--model", "b")
+    assert ended.returncode == 2
+    assert re.match(r"refused +model b: its file b\.gguf is missing", ended.stdout)
+
+
+@pytest.mark.parametrize("args", [("check", "--endpoint", "/v1/nothing"), ("check", "--flags")])
+def test_a_check_that_is_asked_wrongly_ends_with_2_and_the_usage(args: tuple[str, ...]) -> None:
+    ended = run_daemon({}, *args)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("usage: llama-sidecar check ")
 
 
 @pytest.mark.parametrize("args", [("--port", "1"), ("serve",), ("check", "more"), ("",)])

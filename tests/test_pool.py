@@ -105,6 +105,12 @@ class Bench:
             file.write_text(json.dumps(switches))
         return SidecarSpec(name, file, (), ())
 
+    def spec_with(self, context: int, owner: str = "", **switches: object) -> SidecarSpec:
+        """The model "m" with a context of so many tokens, in a file that lists its own starts."""
+        file = self.spec(f"m{context}", **switches).model_path
+        words = ("--ctx-size", str(context)) if context else ()
+        return SidecarSpec("m", file, words, words, (), context, owner)
+
     def lease(self, name: str, timeout_s: float = 15.0, *, pinned: bool = False) -> Lease:
         return self.pool.lease(self.spec(name), timeout_s, pinned=pinned)
 
@@ -561,6 +567,179 @@ def test_a_client_that_leaves_the_queue_frees_its_place(tmp_path: Path) -> None:
 
 def waiting_in(daemon: Daemon) -> int:
     return int(daemon.ask("GET", "/health")[2]["queue"]["waiting"])
+
+
+# --- a larger context serves a smaller one
+
+
+def lease_in(bench: Bench, spec: SidecarSpec, *, exact: bool = False) -> Lease:
+    return bench.pool.lease(spec, 15, exact=exact)
+
+
+def test_a_ready_sidecar_with_a_larger_context_is_used(tmp_path: Path) -> None:
+    with bench_in(tmp_path) as bench:
+        large, small = bench.spec_with(8192), bench.spec_with(4096)
+        with lease_in(bench, large):
+            pass
+        with lease_in(bench, small) as lease:
+            assert lease.sidecar.spec is large
+            assert (lease.start_kind, answer_of(lease)) == ("reused", 200)
+        assert bench.lines("m4096", "starts") == []
+
+
+def test_who_wants_it_exact_gets_a_process_of_its_own(tmp_path: Path) -> None:
+    with bench_in(tmp_path) as bench:
+        with lease_in(bench, bench.spec_with(8192)):
+            pass
+        small = bench.spec_with(4096)
+        with lease_in(bench, small, exact=True) as lease:
+            assert lease.sidecar.spec is small
+        with lease_in(bench, small) as lease:
+            assert lease.sidecar.spec is small, "its own goes before a larger one"
+
+
+@pytest.mark.parametrize(
+    ("up", "asked"),
+    [((4096, ""), (8192, "")), ((8192, ""), (0, "")), ((8192, ""), (4096, "ann"))],
+    ids=["a smaller one", "one that is the model's own", "that of another owner"],
+)
+def test_no_other_sidecar_is_used(
+    tmp_path: Path, up: tuple[int, str], asked: tuple[int, str]
+) -> None:
+    with bench_in(tmp_path) as bench:
+        with lease_in(bench, bench.spec_with(*up)):
+            pass
+        wanted = bench.spec_with(*asked)
+        with lease_in(bench, wanted) as lease:
+            assert lease.sidecar.spec is wanted
+
+
+def test_of_several_larger_ones_the_smallest_that_is_ready_is_used(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with bench_in(tmp_path, max_sidecars=4) as bench:
+        for context in (32768, 16384):
+            with lease_in(bench, bench.spec_with(context), exact=True):
+                pass
+        loading = bench.spec_with(8192, load_gate=True)
+        waiting = threads.submit(lease_in, bench, loading, exact=True)
+        wait_until(lambda: bench.lines("m8192", "starts"), "a smaller one loads")
+        with lease_in(bench, bench.spec_with(4096)) as lease:
+            assert lease.sidecar.spec.context == 16384
+        bench.touch("m8192", "load_gate")
+        with waiting.result(15), lease_in(bench, bench.spec_with(4096)) as lease:
+            assert lease.sidecar.spec.context == 8192
+
+
+def test_a_larger_one_that_loads_is_waited_for(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    with bench_in(tmp_path) as bench:
+        large = bench.spec_with(8192, load_gate=True)
+        first = threads.submit(lease_in, bench, large)
+        wait_until(lambda: bench.lines("m8192", "starts"), "it loads")
+        second = threads.submit(lease_in, bench, bench.spec_with(4096))
+        wait_until(lambda: bench.pool.counts()[1] == 2, "both wait")
+        bench.touch("m8192", "load_gate")
+        with first.result(15), second.result(15) as lease:
+            assert lease.sidecar.spec is large
+        assert bench.lines("m4096", "starts") == []
+
+
+def test_where_the_larger_one_fails_to_load_the_smaller_gets_its_own_start(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with bench_in(tmp_path, max_sidecars=1) as bench:
+        large = bench.spec_with(8192, exit_on_load=FAILS["exit_on_load"], load_gate=True)
+        small = bench.spec_with(4096)
+        first = threads.submit(lease_in, bench, large)
+        wait_until(lambda: bench.lines("m8192", "starts"), "it loads")
+        second = threads.submit(lease_in, bench, small)
+        wait_until(lambda: bench.pool.counts()[1] == 2, "both wait")
+        bench.touch("m8192", "load_gate")
+        with pytest.raises(LoadFailed, match="exit code 7"):
+            first.result(15)
+        with second.result(15) as lease:
+            assert lease.sidecar.spec is small
+            assert answer_of(lease) == 200
+
+
+def test_where_the_larger_one_is_deleted_as_it_loads_the_smaller_gets_its_own_start(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with bench_in(tmp_path) as bench:
+        large, small = bench.spec_with(8192, load_gate=True), bench.spec_with(4096)
+        first = threads.submit(lease_in, bench, large)
+        wait_until(lambda: bench.lines("m8192", "starts"), "it loads")
+        second = threads.submit(lease_in, bench, small)
+        wait_until(lambda: bench.pool.counts()[1] == 2, "both wait")
+        bench.pool.remove(large.hash)
+        with pytest.raises(pool.UpstreamFailed, match="deleted"):
+            first.result(15)
+        with second.result(15) as lease:
+            assert lease.sidecar.spec is small
+
+
+def test_a_larger_one_that_is_being_stopped_is_not_waited_for(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with bench_in(tmp_path) as bench:
+        large, small = bench.spec_with(8192, ignore_sigterm=True), bench.spec_with(4096)
+        with lease_in(bench, large) as lease:
+            stopping = lease.sidecar
+        removal = threads.submit(bench.pool.remove, large.hash)
+        wait_until(lambda: stopping.state is State.STOPPING, "it is being stopped")
+        with lease_in(bench, small) as lease:
+            assert stopping.state is State.STOPPING, "it was not over before the other was up"
+            assert lease.sidecar.spec is small
+        removal.result(20)
+
+
+def test_a_larger_one_that_runs_dry_takes_no_smaller_work(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with bench_in(tmp_path, max_sidecars=1, fair_wait_s=0.2) as bench:
+        large, small = bench.spec_with(8192), bench.spec_with(4096)
+        with lease_in(bench, large) as busy:
+            cold = threads.submit(bench.use, "cold")
+            wait_until(lambda: busy.sidecar.is_draining, "the busy one is to run dry")
+            again = threads.submit(lease_in, bench, small)
+            wait_until(lambda: bench.pool.counts()[1] == 2, "the smaller one waits")
+            assert not again.done()
+        assert cold.result(15).spec.model_id == "cold"
+        with again.result(15) as lease:
+            assert lease.sidecar.spec is small
+
+
+def test_where_one_larger_runs_dry_another_takes_the_smaller_work(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with bench_in(tmp_path, fair_wait_s=0.2) as bench:
+        smaller = lease_in(bench, bench.spec_with(8192))
+        with lease_in(bench, bench.spec_with(16384)) as largest:
+            with smaller:
+                cold = threads.submit(bench.use, "cold")
+                wait_until(lambda: smaller.sidecar.is_draining, "the least used is to run dry")
+                with lease_in(bench, bench.spec_with(4096)) as lease:
+                    assert lease.sidecar is largest.sidecar
+            assert cold.result(15).spec.model_id == "cold"
+
+
+def test_a_larger_one_that_need_not_run_dry_any_more_takes_smaller_work_again(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    tickets: list[Ticket] = []
+    with bench_in(tmp_path, max_sidecars=1, fair_wait_s=0.2) as bench:
+        large, small = bench.spec_with(8192), bench.spec_with(4096)
+        with lease_in(bench, large) as busy:
+            cold = bench.spec("cold")
+            waiting = threads.submit(lambda: bench.pool.lease(cold, 20, on_wait=tickets.append))
+            wait_until(lambda: busy.sidecar.is_draining, "the busy one is to run dry")
+            again = threads.submit(lease_in, bench, small)
+            wait_until(lambda: bench.pool.counts()[1] == 2, "the smaller one waits")
+            bench.pool.cancel(tickets[0])
+            with pytest.raises(pool.WaitCancelled):
+                waiting.result(5)
+            with again.result(10) as lease:
+                assert lease.sidecar is busy.sidecar
 
 
 # --- health

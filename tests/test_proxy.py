@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ MODELS: dict[str, dict[str, object]] = {
     "left-in-prefill": {},
     "left-waiting": {},
     "left-while-streaming": {},
+    "sized": {},
 }
 SPLIT_WORDS = ["naïve", "日本語", "😀👩‍👩‍👧", "Ω"]
 
@@ -173,6 +175,8 @@ def test_what_is_the_clients_own_does_not_reach_the_child(daemon: Daemon) -> Non
         "Authorization": "Bearer the-clients-secret",
         "X-Api-Key": "the-clients-secret",
         "X-Conversation-Id": "conversation-7",
+        "X-Agent-Id": "ann",
+        "X-Sidecar-Exact": "0",
         "Cookie": "the-clients-secret",
         "X-Forwarded-For": "192.0.2.1",
         "X-Model-Id": "plain",
@@ -190,6 +194,179 @@ def test_what_is_the_clients_own_does_not_reach_the_child(daemon: Daemon) -> Non
         "content-type": "application/json",
         "accept": "text/odd",
     }
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/v1/stream", "/v1/streams/lookup", "/v1/stream/conversation-7"])
+def test_streams_of_others_cannot_be_asked_for(daemon: Daemon, method: str, path: str) -> None:
+    body = {"model": "plain"} if method == "POST" else None
+    status, _, answer = daemon.ask(method, path, body, {"X-Conversation-Id": "conversation-7"})
+    assert (status, answer["error"]["code"]) == (404, "not_found")
+
+
+# --- what an agent's flags put into the body
+
+
+LIFTED = [
+    (CHAT, b'{"model":"plain"}', b'{"model":"plain","top_k":7}'),
+    (CHAT, b'{ "model" :"plain", "n": 1e0 }\n', b'{ "model" :"plain", "n": 1e0 ,"top_k":7}\n'),
+    (CHAT, b'{"model":"plain","top_k":null}', b'{"model":"plain","top_k":7}'),
+    (CHAT, b'{"model":"plain","top_k":5}', b'{"model":"plain","top_k":5}'),
+    (CHAT, '{"model":"plain","say":"é日😀"}'.encode(), None),
+    (CHAT, b'{"model":"plain","pad":"' + b"p" * 3_000_000 + b'"}', None),
+    ("/v1/completions", b'{"model":"plain"}', b'{"model":"plain","top_k":7}'),
+    ("/v1/messages", b'{"model":"plain"}', b'{"model":"plain","top_k":7}'),
+    ("/v1/embeddings", b'{"model":"plain"}', b'{"model":"plain"}'),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "sent"), LIFTED)
+def test_a_flag_of_a_request_travels_in_its_body(
+    daemon: Daemon, path: str, body: bytes, sent: bytes | None
+) -> None:
+    wanted = sent or body[:-1] + b',"top_k":7}'
+    status, _, answer = daemon.ask("POST", path, body, {"X-Agent-Flags": "--top-k 7"})
+    assert status == 200
+    echo = answer["echo"]
+    assert echo["body_sha256"] == hashlib.sha256(wanted).hexdigest()
+    assert child_headers(answer)["content-length"] == str(len(wanted)) == str(echo["body_bytes"])
+    assert "--top-k" not in echo["argv"]
+
+
+def test_agents_that_differ_in_their_requests_share_a_process(daemon: Daemon) -> None:
+    answers = [daemon.chat("plain", flags) for flags in (None, "--temp 0.1", "--temp 0.9")]
+    assert len({answer["echo"]["pid"] for _, _, answer in answers}) == 1
+    assert len({named["x-sidecar-hash"] for _, named, _ in answers}) == 1
+
+
+def test_with_a_models_name_in_a_header_the_body_is_given_its_fields_too(daemon: Daemon) -> None:
+    headers = {"X-Model-Id": "plain", "X-Agent-Flags": "--top-k 7"}
+    answer = daemon.ask("POST", CHAT, b'{"messages":[]}', headers)[2]
+    sent = b'{"messages":[],"top_k":7}'
+    assert answer["echo"]["body_sha256"] == hashlib.sha256(sent).hexdigest()
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"a":\xff}', b"[" * 200_000])
+def test_a_body_that_cannot_be_given_a_field_is_refused(daemon: Daemon, body: bytes) -> None:
+    headers = {"X-Model-Id": "plain", "X-Agent-Flags": "--top-k 7"}
+    status, _, answer = daemon.ask("POST", CHAT, body, headers)
+    assert (status, answer["error"]["code"]) == (400, "invalid_json")
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_that_need_not_be_read_is_passed_on_whatever_it_is(daemon: Daemon) -> None:
+    headers = {"X-Model-Id": "plain"}
+    answer = daemon.ask("POST", CHAT, b"{", headers)[2]
+    assert answer["echo"]["body_sha256"] == hashlib.sha256(b"{").hexdigest()
+
+
+def test_an_upload_is_never_given_a_field(daemon: Daemon) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n\xff\x00\r\n--x--\r\n'
+    headers = {
+        "Content-Type": "multipart/form-data; boundary=x",
+        "X-Model-Id": "plain",
+        "X-Agent-Flags": "--temp 0.5",
+    }
+    answer = daemon.ask("POST", "/v1/audio/transcriptions", body, headers)[2]
+    assert answer["echo"]["body_sha256"] == hashlib.sha256(body).hexdigest()
+    argv = answer["echo"]["argv"]
+    assert argv[argv.index("--temp") + 1] == "0.5"
+
+
+# --- which process
+
+
+def pid_of(daemon: Daemon, model: str, flags: str = "", **headers: str) -> int:
+    named = {
+        name.replace("_", "-"): value.encode().decode("latin-1") for name, value in headers.items()
+    }
+    flags_too = named | ({"X-Agent-Flags": flags} if flags else {})
+    status, _, answer = daemon.ask("POST", CHAT, {"model": model}, flags_too)
+    assert status == 200, answer
+    return int(answer["echo"]["pid"])
+
+
+def test_a_larger_context_serves_a_smaller_unless_it_must_be_exact(daemon: Daemon) -> None:
+    large = pid_of(daemon, "sized", "-c 8192")
+    assert pid_of(daemon, "sized", "-c 4096") == large
+    assert pid_of(daemon, "sized", "-c 4096", X_Sidecar_Exact="0") == large
+    small = pid_of(daemon, "sized", "-c 4096", X_Sidecar_Exact="1")
+    assert small != large
+    assert pid_of(daemon, "sized", "-c 4096") == small
+
+
+def test_the_answer_names_the_process_that_gave_it(daemon: Daemon) -> None:
+    pid_of(daemon, "sized", "-c 9000")
+    _, large, _ = daemon.chat("sized", "-c 9000")
+    _, small, _ = daemon.chat("sized", "-c 8999")
+    assert small["x-sidecar-hash"] == large["x-sidecar-hash"]
+    assert small["x-sidecar-start"] == "reused"
+
+
+@pytest.mark.parametrize("wish", ["2", "true", "01", "é", "1, 1"])
+def test_a_wish_that_means_nothing_is_refused(daemon: Daemon, wish: str) -> None:
+    headers = {"X-Sidecar-Exact": wish.encode().decode("latin-1")}
+    status, _, answer = daemon.ask("POST", CHAT, {"model": "sized"}, headers)
+    assert (status, answer["error"]["code"]) == (400, "invalid_header")
+    assert answer["error"]["param"] == "X-Sidecar-Exact"
+
+
+def test_an_empty_wish_is_none(daemon: Daemon) -> None:
+    assert pid_of(daemon, "plain", X_Sidecar_Exact="") == pid_of(daemon, "plain")
+
+
+def test_agent_ids_are_ignored_where_nobody_is_isolated(daemon: Daemon) -> None:
+    pids = {pid_of(daemon, "plain", X_Agent_Id=name) for name in ("ann", "bob", "x" * 500)}
+    assert pids == {pid_of(daemon, "plain")}
+
+
+def test_where_nothing_is_shared_each_set_of_flags_has_its_process(tmp_path: Path) -> None:
+    env = {"MAX_SIDECARS": "8", "LLAMA_SIDECAR_SHARE": "off"}
+    with running_daemon(tmp_path, {"m": {}}, **env) as daemon:
+        flags = ["", "--temp 0.1", "--temp 0.9", "-c 8192", "-c 4096"]
+        pids = [pid_of(daemon, "m", each) for each in flags]
+        assert len(set(pids)) == len(flags)
+        answer = daemon.chat("m", "--temp 0.1")[2]
+        assert answer["echo"]["pid"] == pids[1]
+        argv = answer["echo"]["argv"]
+        assert argv[argv.index("--temp") + 1] == "0.1"
+        body = b'{"model":"m"}'
+        echo = daemon.ask("POST", CHAT, body, {"X-Agent-Flags": "--temp 0.1"})[2]["echo"]
+        assert echo["body_sha256"] == hashlib.sha256(body).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def isolating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    env = {"MAX_SIDECARS": "8", "LLAMA_SIDECAR_ISOLATE": "agent"}
+    with running_daemon(tmp_path_factory.mktemp("isolating"), {"m": {}}, **env) as running:
+        yield running
+
+
+def test_isolated_agents_have_processes_of_their_own(isolating: Daemon) -> None:
+    nobody = pid_of(isolating, "m", "-c 4096")
+    ann = pid_of(isolating, "m", "-c 8192", X_Agent_Id="ann")
+    bob = pid_of(isolating, "m", "-c 4096", X_Agent_Id="bob")
+    other = pid_of(isolating, "m", "-c 4096", X_Agent_Id="日本")
+    assert len({nobody, ann, bob, other}) == 4
+    assert pid_of(isolating, "m", "-c 8192 --temp 1", X_Agent_Id="ann") == ann
+    assert pid_of(isolating, "m", "-c 4096", X_Agent_Id="ann") == ann, "it may use its own larger"
+    assert pid_of(isolating, "m", "-c 4096", X_Agent_Id="bob") == bob
+    assert pid_of(isolating, "m", "-c 4096", X_Agent_Id="") == nobody
+
+
+@pytest.mark.parametrize("agent_id", ["x" * 129, "a\tb", "\u200e", "a\u00a0b", "\x85"])
+def test_an_agent_id_that_cannot_be_shown_is_refused(isolating: Daemon, agent_id: str) -> None:
+    headers = {"X-Agent-Id": agent_id.encode().decode("latin-1")}
+    status, _, answer = isolating.ask("POST", CHAT, {"model": "m"}, headers)
+    assert (status, answer["error"]["code"]) == (400, "invalid_header")
+    assert answer["error"]["param"] == "X-Agent-Id"
+
+
+def test_the_longest_agent_id_is_taken(isolating: Daemon) -> None:
+    assert pid_of(isolating, "m", X_Agent_Id="x" * 128) != pid_of(isolating, "m")
+
+
+# --- connections to the child
 
 
 def test_a_connection_to_the_child_is_used_again(daemon: Daemon) -> None:
