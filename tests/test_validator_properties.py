@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -497,7 +498,7 @@ def opened_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.json").write_text('{"type": ')
     (folder / "latin-1").write_bytes(b"\xfc")
     (folder / "huge").write_text("x" * (MAX_LIFTED_FILE_BYTES + 1))
-    if os.name == "posix":
+    if sys.platform != "win32":
         (folder / "link").symlink_to(top / "out.gguf")
         (folder / "loop").symlink_to(folder / "loop")
         os.mkfifo(folder / "pipe")
