@@ -196,6 +196,11 @@ class Flag:
     order_with: frozenset[str] = frozenset()  # flags whose place before or after it counts
 
     @functools.cached_property
+    def field(self) -> str:
+        """The request field of `body`, or what holds it; empty if there is none."""
+        return (self.body or "").partition(".")[0]
+
+    @functools.cached_property
     def negated_name(self) -> str:
         """The canonical spelling that switches it off; empty if there is none."""
         regular = "--no-" + self.name.removeprefix("--")
@@ -485,13 +490,14 @@ def _lifted(
     if not any(s.flag.body for s in agents.settings):
         return agents, RequestDefaults()
     unescape = _unescaped if _reads_escapes([*operators, *agents.settings]) else str
+    theirs = [s for s in operators if s.flag.body]
     kept = {s.flag.name for s in agents.settings if not s.flag.body}
     texts: list[str] = []
     for setting in agents.settings:
         texts.append("")
         try:
             if setting.flag.body:
-                texts[-1] = _json_text(setting, operators, body, unescape)
+                texts[-1] = _json_text(setting, theirs, body, unescape)
         except _Unsayable:
             kept.add(setting.flag.name)
     kept = _with_neighbours(kept, agents.settings)
@@ -526,7 +532,7 @@ def _json_text(
 ) -> str:
     """The value of the setting's field, _NOTHING if none is needed. Raises _Unsayable."""
     flag = setting.flag
-    field = _field_in(body, _root(flag))
+    field = _field_in(body, flag.field)
     if field is None:
         raise _Unsayable
     if field == _NOTHING:
@@ -535,10 +541,6 @@ def _json_text(
     if any(_cannot_replace(setting, theirs, text) for theirs in operators):
         raise _Unsayable
     return text
-
-
-def _root(flag: Flag) -> str:
-    return str(flag.body).partition(".")[0]
 
 
 def _cannot_replace(setting: Setting, theirs: Setting, text: str) -> bool:
@@ -554,7 +556,7 @@ def _cannot_replace(setting: Setting, theirs: Setting, text: str) -> bool:
 
 
 def _add_field(fields: dict[str, str], flag: Flag, text: str, body: Body) -> None:
-    name = _field_in(body, _root(flag)) or ""
+    name = _field_in(body, flag.field) or ""
     if name == _EFFORT and _KWARGS in fields:
         texts = JsonObject(fields[_KWARGS]).texts()
         fields[_KWARGS] = _json_members({key: texts[key] for key in texts if key != _EFFORT})
@@ -761,9 +763,14 @@ def _is_settled(field: str, body: "JsonObject") -> bool:
 def _merged_kwargs(text: str, body: "JsonObject") -> str:
     """The defaults under the body's own keys; _NOTHING where the body's is no object."""
     theirs = body.values.get(_KWARGS)
-    if theirs is not None and not isinstance(theirs, dict):
+    if theirs is None:
+        return text
+    if not isinstance(theirs, dict):
         return _NOTHING
-    own = JsonObject(body.text_of(_KWARGS)).texts() if theirs is not None else {}
+    try:
+        own = JsonObject(body.text_of(_KWARGS)).texts()
+    except ValueError:  # it is nested as deeply as can be read at all
+        return _NOTHING
     return _json_members(JsonObject(text).texts() | own)
 
 
@@ -1395,10 +1402,42 @@ class FlagTable:
         return found
 
     def neighbour(self, word: str) -> str | None:
-        """The known spelling most like an unknown one."""
+        """The known spelling most like an unknown one, by difflib's ratio."""
         name = word[:64].partition("=")[0].replace("_", "-")
-        close = difflib.get_close_matches(name, self.spellings, n=1)
-        return close[0] if close else None
+        letters = _letters(name)
+        bounded = [
+            (2 * (letters & theirs).bit_count() / (len(name) + len(known)), known)
+            for known, theirs in self._letters_of.items()
+        ]
+        matcher = difflib.SequenceMatcher(b=name)
+        best = (_ALIKE, "")
+        for bound in sorted((each for each in bounded if each[0] >= _ALIKE), reverse=True):
+            if bound < best:
+                break
+            matcher.set_seq1(bound[1])
+            best = max(best, (matcher.ratio(), bound[1]))
+        return best[1] or None
+
+    @functools.cached_property
+    def _letters_of(self) -> Mapping[str, int]:
+        return {known: _letters(known) for known in self.spellings}
+
+
+_ALIKE: Final = 0.6  # of difflib's ratio, 1.0 being equal
+
+
+def _letters(name: str) -> int:
+    """A bit for each ASCII letter and how often it came, so that `&` tells what two share.
+
+    No ratio is above that of the letters they share, whatever their order, and
+    counting bits is much faster than difflib.
+    """
+    seen: dict[str, int] = {}
+    bits = 0
+    for char in filter(str.isascii, name):
+        times = seen[char] = seen.get(char, -1) + 1
+        bits |= 1 << 128 * times + ord(char)
+    return bits
 
 
 def _names(flag: Flag) -> Iterator[tuple[str, str]]:
@@ -1550,6 +1589,8 @@ def split_command_line(text: str) -> list[str]:
     outside single quotes is a double quote. Raises FlagsRefused for a quote
     that is never closed.
     """
+    if '"' not in text and "'" not in text:
+        return [word for word in text.replace("\t", " ").split(" ") if word]
     if _TOKEN.sub("", text).strip(" \t"):
         fault = f"A quote is opened and never closed in {_quoted(text)}."
         hint = "Where a backslash stands before the closing double quote, use single quotes."
@@ -1603,7 +1644,7 @@ def windows_command_line_chars(args: Sequence[str]) -> int:
 
 
 def _is_longer_than(args: Sequence[str], chars: int) -> bool:
-    at_most = sum(2 * len(arg) + 3 for arg in args)  # quoting doubles at worst
+    at_most = 2 * sum(map(len, args)) + 3 * len(args)  # quoting doubles at worst
     return at_most > chars and windows_command_line_chars(args) > chars
 
 
