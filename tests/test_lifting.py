@@ -694,9 +694,8 @@ def test_several_fields_are_put_in_their_places() -> None:
     ],
 )
 def test_template_arguments_are_merged_and_the_bodys_own_win(body: str, after: str) -> None:
-    assert applied(body, chat_template_kwargs={"a": 1, "b": 2}).replace('": ', '":') == (
-        after.replace('": ', '":')
-    )
+    said = applied(body, chat_template_kwargs={"a": 1, "b": 2})
+    assert said.replace(" ", "") == after.replace(" ", "")
 
 
 # --- JSON objects as text
