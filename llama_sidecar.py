@@ -15,6 +15,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -76,6 +77,9 @@ HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
 BODY_SILENCE_S: Final = 30.0  # between two pieces of a body
 SEND_TIMEOUT_S: Final = 60.0  # a reader that takes nothing for so long has gone
 UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
+SERVICE_STOP_S: Final = 60.0
+LOG_FILE_BYTES: Final = 10 * 1024 * 1024
+LOG_FILES_KEPT: Final = 3  # besides the one that is written
 LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
 LINGER_BYTES: Final = 4 * 1024 * 1024
 COMMENT_PAUSE_S: Final = 1.0  # between two comments to a client that waits
@@ -227,6 +231,7 @@ class Config:
     step_s: float
     stall_s: float
     state_dir: Path
+    log_file: Path | None
 
 
 DEFAULT_BASE_ARGS: Final = '["-ngl","999","-c","32768","--flash-attn","on","--no-mmap"]'
@@ -256,6 +261,7 @@ DEFAULTS: Final[Mapping[str, str]] = {
     "LLAMA_SIDECAR_STEP_SECONDS": "5",
     "LLAMA_SIDECAR_STALL_SECONDS": "300",
     "LLAMA_SIDECAR_STATE_DIR": "",
+    "LLAMA_SIDECAR_LOG_FILE": "",
 }
 LOG_LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -312,6 +318,10 @@ def _seconds_or_none(text: str) -> float:
     if not _SECONDS.fullmatch(text):
         raise _Faulty("takes a number of seconds, 0 to do without")
     return float(text)
+
+
+def _file(text: str) -> Path | None:
+    return Path(text).absolute() if text else None
 
 
 def _state_dir(text: str) -> Path:
@@ -444,6 +454,7 @@ def read_config(variables: Mapping[str, str]) -> Config:
         step_s=env.read("LLAMA_SIDECAR_STEP_SECONDS", _seconds_or_none, 5.0),
         stall_s=env.read("LLAMA_SIDECAR_STALL_SECONDS", seconds, 300.0),
         state_dir=env.read("LLAMA_SIDECAR_STATE_DIR", _state_dir, Path()),
+        log_file=env.read("LLAMA_SIDECAR_LOG_FILE", _file, None),
     )
     if env.faults:
         raise ConfigError(env.faults)
@@ -1924,18 +1935,41 @@ class _OneLine(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.basicConfig(level=LOG_LEVELS[level], handlers=[handler], force=True)
+def set_up_logging(level: str, file: Path | None = None) -> None:
+    """To stderr, and to the file if one is named. Raises OSError if it cannot be written."""
+    handlers: list[logging.Handler] = []
+    if sys.stderr is not None:  # a service has none
+        handlers.append(logging.StreamHandler())
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(
+            logging.handlers.RotatingFileHandler(
+                file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
+            )
+        )
+    for handler in handlers:
+        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=LOG_LEVELS[level], handlers=handlers, force=True)
 
 
-def serve(config: Config) -> None:
-    """Run until a stop signal, drain, end all children. A second signal ends at once."""
-    stops: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put is safe in a signal handler
+Stops = queue.SimpleQueue[int]  # its put is safe in a signal handler
+
+
+def stop_signals() -> Stops:
+    """A queue in which each stop signal of this process will stand."""
+    stops: Stops = queue.SimpleQueue()
     for signum in winsvc.STOP_SIGNALS:
         signal.signal(signum, lambda number, _frame: stops.put(number))
+    return stops
+
+
+def serve(config: Config, stops: Stops, when_serving: Callable[[], None] = lambda: None) -> None:
+    """Run until a number stands in `stops`, drain, end all children; a second one ends at once.
+
+    Raises OSError if it cannot listen.
+    """
     winsvc.contain_children()
+    winsvc.restore_dll_search()
     winsvc.raise_descriptor_limit()
     for orphan in winsvc.end_orphans(config.state_dir):
         log.warning("ended an orphan of an earlier daemon: %s", orphan)
@@ -1950,6 +1984,7 @@ def serve(config: Config) -> None:
         winsvc.start_thread("http", server.serve_forever)
         host, port = server.server_address[:2]
         log.info("listening on http://%s:%d version=%s", host, port, __version__)
+        when_serving()
         log.info("signal %d: draining for up to %g s", _next(stops), config.drain_s)
         _drain(pool, config.drain_s, stops)
         server.shutdown()
@@ -1957,7 +1992,7 @@ def serve(config: Config) -> None:
     log.info("stopped")
 
 
-def _drain(pool: Pool, drain_s: float, stops: queue.SimpleQueue[int]) -> None:
+def _drain(pool: Pool, drain_s: float, stops: Stops) -> None:
     finished = -1
 
     def close() -> None:
@@ -1970,7 +2005,7 @@ def _drain(pool: Pool, drain_s: float, stops: queue.SimpleQueue[int]) -> None:
         pool.close(0)
 
 
-def _next(stops: queue.SimpleQueue[int]) -> int:
+def _next(stops: Stops) -> int:
     """Wait for a signal; in slices: one that another thread received is handled between them."""
     while True:
         with contextlib.suppress(queue.Empty):
@@ -2070,7 +2105,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"llama-sidecar {__version__}")
-    check = parser.add_subparsers(dest="command", metavar="COMMAND").add_parser(
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    check = commands.add_parser(
         "check",
         help="say what would run, and start nothing",
         description="Without --model it judges the whole configuration and every model entry. "
@@ -2089,6 +2125,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--agent-id", metavar="ID", default="", help="as in X-Agent-Id")
     check.add_argument("--json", action="store_true", help="print one JSON object")
+    service = commands.add_parser(
+        "service",
+        help="be a Windows service",
+        description="Registers the program with the Service Control Manager, which starts it "
+        "with Windows; the variables set at `install` go with it.",
+    )
+    service.add_argument("action", choices=["install", "start", "stop", "status", "remove", "run"])
+    task = commands.add_parser(
+        "task",
+        help="be a Windows logon task",
+        description="Registers the program with the Task Scheduler, which starts it when this "
+        "user logs on; the variables set at `install` go with it.",
+    )
+    task.add_argument("action", choices=["install", "status", "remove", "run"])
     return parser
 
 
@@ -2105,23 +2155,138 @@ def _flags_joined(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """0 after an orderly end, 2 if the arguments or the environment cannot be used."""
+    winsvc.speak_utf8()
     options = _parser().parse_args(_flags_joined(argv))
-    set_up_logging("info")
     try:
-        config = read_config(os.environ)
-    except ConfigError as exc:
-        for fault in exc.faults:
-            print(f"llama-sidecar: {fault}", file=sys.stderr)
+        if options.command == "service" and options.action != "run":
+            return _manage_service(options.action)
+        if options.command == "task" and options.action != "run":
+            return _manage_task(options.action)
+        if options.command == "task":
+            os.environ |= _task_variables()
+    except winsvc.SystemRefused as exc:
+        print(f"llama-sidecar: {options.command} {options.action}: {exc}", file=sys.stderr)
+        return 1
+    set_up_logging("info")
+    if options.command == "service":
+        return _run_service()
+    config = _config_or_faults()
+    if config is None:
         return 2
-    set_up_logging(config.log_level)
     if options.command == "check":
         return check_one(config, options) if options.model else check_all(config)
+    return _run(config, stop_signals())
+
+
+def _config_or_faults() -> Config | None:
+    """The configuration with its logging set up, or None once its faults are told."""
     try:
-        serve(config)
+        config = read_config(os.environ)
+        set_up_logging(config.log_level, config.log_file)
+    except ConfigError as exc:
+        for fault in exc.faults:
+            _complain(fault)
+        return None
+    except OSError as exc:
+        _complain(f"LLAMA_SIDECAR_LOG_FILE: {exc}")
+        return None
+    return config
+
+
+def _complain(text: str) -> None:
+    if sys.stderr is not None:
+        print(f"llama-sidecar: {text}", file=sys.stderr)
+    else:
+        log.error("%s", text)
+
+
+def _run(config: Config, stops: Stops, when_serving: Callable[[], None] = lambda: None) -> int:
+    try:
+        serve(config, stops, when_serving)
     except OSError as exc:
         host, port = config.bind
-        print(f"llama-sidecar: cannot listen on {host}:{port}: {exc}", file=sys.stderr)
+        _complain(f"cannot listen on {host}:{port}: {exc}")
         return 2
+    return 0
+
+
+# --- a Windows service, a scheduled task
+
+
+def _own_command(*words: str) -> list[str]:
+    """How this very program is started again."""
+    is_frozen = getattr(sys, "frozen", False)
+    own = [sys.executable] if is_frozen else [sys.executable, str(Path(__file__).absolute())]
+    return [*own, *words]
+
+
+def _set_variables() -> dict[str, str]:
+    """Those of ours that are set now."""
+    return {name: os.environ[name] for name in DEFAULTS if os.environ.get(name)}
+
+
+def _manage_service(action: str) -> int:
+    """Raises SystemRefused."""
+    if action == "install":
+        winsvc.install_service(_own_command("service", "run"), _set_variables())
+        print(f"installed: {winsvc.SERVICE_NAME} starts with Windows, with the variables set now")
+    elif action == "start":
+        winsvc.start_service()
+        print("started")
+    elif action == "stop":
+        winsvc.stop_service(SERVICE_STOP_S)
+        print("stopped")
+    elif action == "remove":
+        winsvc.stop_service(SERVICE_STOP_S)
+        winsvc.remove_service()
+        print("removed")
+    else:
+        print(winsvc.service_state().name.lower().replace("_", " "))
+    return 0
+
+
+def _run_service() -> int:
+    """What the Service Control Manager starts."""
+    os.environ.setdefault("LLAMA_SIDECAR_LOG_FILE", str(winsvc.state_dir() / "llama-sidecar.log"))
+
+    def work(stops: Stops, when_serving: Callable[[], None]) -> int:
+        set_up_logging("info", Path(os.environ["LLAMA_SIDECAR_LOG_FILE"]))
+        config = _config_or_faults()
+        return 2 if config is None else _run(config, stops, when_serving)
+
+    try:
+        return winsvc.run_as_service(work)
+    except winsvc.SystemRefused as exc:
+        _complain(f"service run: {exc}; it is for the Service Control Manager to start")
+        return 1
+
+
+def _task_file() -> Path:
+    return winsvc.state_dir() / "task.json"
+
+
+def _task_variables() -> dict[str, str]:
+    """What `task install` stored. Raises SystemRefused."""
+    try:
+        stored = json.loads(_task_file().read_text(encoding="utf-8"))
+        return {str(name): str(value) for name, value in stored.items()}
+    except (OSError, ValueError, AttributeError) as exc:
+        raise winsvc.SystemRefused(f"{_task_file()}: {exc}: run task install again") from exc
+
+
+def _manage_task(action: str) -> int:
+    """Raises SystemRefused."""
+    if action == "install":
+        _task_file().parent.mkdir(parents=True, exist_ok=True)
+        _task_file().write_text(json.dumps(_set_variables(), indent=1), encoding="utf-8")
+        winsvc.install_task(_own_command("task", "run"), _task_file().with_name("task.xml"))
+        print(f"installed: {winsvc.TASK_NAME} runs at logon, with the variables set now")
+    elif action == "remove":
+        winsvc.remove_task()
+        _task_file().unlink(missing_ok=True)
+        print("removed")
+    else:
+        print(winsvc.task_status())
     return 0
 
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import enum
+import io
 import json
 import os
 import queue
@@ -856,3 +857,54 @@ def _add(parent: Element, name: str, texts: Mapping[str, str]) -> Element:
     for tag, text in texts.items():
         ElementTree.SubElement(child, tag).text = text
     return child
+
+
+def install_task(command: Sequence[str], xml_file: Path) -> None:
+    """Register the logon task; its definition is left at `xml_file`. Raises SystemRefused."""
+    program, *words = command
+    user = os.environ.get("USERNAME", "")
+    domain = os.environ.get("USERDOMAIN", "")
+    text = task_xml(
+        program,
+        subprocess.list2cmdline(words),
+        str(xml_file.parent),
+        f"{domain}\\{user}" if domain else user,
+    )
+    xml_file.write_text(text, encoding="utf-16")
+    _schtasks("/create", "/tn", TASK_NAME, "/xml", str(xml_file), "/f")
+
+
+def remove_task() -> None:
+    """Raises SystemRefused."""
+    _schtasks("/delete", "/tn", TASK_NAME, "/f")
+
+
+def task_status() -> str:
+    """What the Task Scheduler says of it. Raises SystemRefused."""
+    return _schtasks("/query", "/tn", TASK_NAME, "/fo", "list").strip()
+
+
+def _schtasks(*words: str) -> str:
+    try:
+        done = subprocess.run(
+            ["schtasks", *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise SystemRefused(f"schtasks cannot be run: {exc}") from exc
+    if done.returncode:
+        words_of_windows = (done.stderr or done.stdout).strip()
+        raise SystemRefused(f"{words_of_windows or 'schtasks failed'} (exit {done.returncode})")
+    return done.stdout
+
+
+def speak_utf8() -> None:
+    """What is printed is UTF-8, whatever the console's code page."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
