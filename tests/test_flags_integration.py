@@ -214,7 +214,8 @@ SHOWN: list[tuple[str, Look]] = [
     ("--reasoning-budget 3", THOUGHTS),
     ("--reasoning-budget 0", THOUGHTS),
     ("--reasoning-budget 3 --reasoning-budget-message ' That is \"enough\".'", THOUGHTS),
-    ("--reasoning-preserve", PROMPT),
+    # Newer ones preserve by default, so that only the colour shows that it was said.
+    ("""--reasoning-preserve --chat-template-kwargs '{"colour": "red"}'""", PROMPT),
     ("--no-reasoning-preserve", PROMPT),
 ]
 # With the llama-server of the wheel these cannot be shown: it does not know them.
