@@ -144,7 +144,8 @@ ANY_SETTING = generated()
 UNLIMITED = generated(n_predict=..., stop=["."])
 ANY_SEED = generated(seed=...)
 GREEDY = generated(temperature=0, n_predict=16)
-# With --json-schema on the command line b10068 cannot set up the grammar of a chat.
+# In a chat a schema's grammar also grants the fence that is cut off the answer, so that
+# other blanks are written; see test_a_json_schema_binds_a_chat_with_the_models_own_template.
 WITHOUT_CHAT = generated(in_a_chat=False, temperature=0, n_predict=16)
 ADAPTIVE = generated(
     in_a_chat=False, samplers=["temperature", "adaptive_p"], temperature=1.5, n_predict=12
@@ -317,11 +318,50 @@ def test_no_flag_that_travels_in_the_body_is_left_out_above() -> None:
     assert {flag.name for flag in table.flags if flag.body} - shown == set()
 
 
-def test_a_json_schema_binds_a_chat(servers: Servers) -> None:
+def test_a_json_schema_binds_a_chat_with_the_models_own_template(servers: Servers) -> None:
+    """On the command line it makes b10068 and b11434 refuse each such chat with status 400."""
     lifted = servers.resolved("""--json-schema '{"enum": [1, 2]}'""", share=True).defaults
-    message = seen_message(servers.plain(ANY_SETTING), lifted)
+    message = servers.see_plain(Look(seen_message), lifted)
     assert isinstance(message, dict)
     assert message["content"] in ("1", "2")
+
+
+def text_of_completion(answer: Any) -> str:
+    return str(answer["choices"][0]["text"])
+
+
+def text_of_response(answer: Any) -> str:
+    return "".join(part["text"] for item in answer["output"] for part in item["content"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "text_of"),
+    [
+        ("/v1/completions", {"prompt": "Once upon", "max_tokens": 12}, text_of_completion),
+        ("/v1/responses", {"input": "Hello.", "max_output_tokens": 12}, text_of_response),
+    ],
+)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--temp 0 --logit-bias 28-100 --logit-bias 30+0.5 -r sentence",
+        """--temp 0 --grammar 'root ::= "yes" | "no"'""",
+        """--temp 0 --json-schema '{"enum": [1, 2]}'""",
+        "--top-k 1 --repeat-penalty 1.4 --predict 5",
+    ],
+)
+def test_flags_reach_the_other_routes(
+    servers: Servers,
+    flags: str,
+    path: str,
+    body: dict[str, object],
+    text_of: Callable[[Any], str],
+) -> None:
+    def see(server: LlamaServer, lifted: RequestDefaults) -> object:
+        answer = posted(server, path, body | {"cache_prompt": False, "seed": 3}, lifted)
+        return text_of(answer)
+
+    assert_lifted_is_said(servers, flags, Look(see, SHORT_TEMPLATE))
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_k", "seed"])
