@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,7 @@ def wine_prefix(wine: Path, environment: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         run(str(wine_program("wineserver")), "-k")
+        shutil.rmtree(environment["WINEPREFIX"], ignore_errors=True)  # it takes 700 MB
 
 
 def spellings_with_arity(help_text: str) -> dict[str, int]:
