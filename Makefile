@@ -15,10 +15,10 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration lint build bench bench-flags eval clean
+.PHONY: help run test test-unit test-integration test-b11434 lint build bench bench-flags eval clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY) ## start the daemon with two small real models, and print curl lines to try
 	@settings=$$($(VENV_PYTHON) -m tests.real_parts demo) || exit 1; \
@@ -26,13 +26,16 @@ run: $(READY) ## start the daemon with two small real models, and print curl lin
 	exec $(VENV_PYTHON) llama_sidecar.py
 
 test: $(READY) ## run every test that this machine can run
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) -m "not b11434" $(ARGS)
 
 test-unit: $(READY) ## run the tests that need no real llama-server
-	@$(PYTEST) -m "not integration" $(ARGS)
+	@$(PYTEST) -m "not integration and not b11434" $(ARGS)
 
 test-integration: $(READY) ## run the tests with the real llama-server and real models
 	@$(PYTEST) -m integration $(ARGS)
+
+test-b11434: $(READY) ## run the tests with a Windows build of b11434 under Wine (LLAMA_SERVER_EXE)
+	@$(PYTEST) -m b11434 $(ARGS)
 
 lint: $(READY) ## check style, format and types, for Linux and for Windows
 	$(VENV_PYTHON) -m ruff check .

@@ -2247,17 +2247,22 @@ def _manage_service(action: str) -> int:
 
 def _run_service() -> int:
     """What the Service Control Manager starts."""
-    os.environ.setdefault("LLAMA_SIDECAR_LOG_FILE", str(winsvc.state_dir() / "llama-sidecar.log"))
+    log_file = winsvc.state_dir() / "llama-sidecar.log"
+    os.environ.setdefault("LLAMA_SIDECAR_LOG_FILE", str(log_file))
+    set_up_logging("info", Path(os.environ["LLAMA_SIDECAR_LOG_FILE"]))
 
     def work(stops: Stops, when_serving: Callable[[], None]) -> int:
-        set_up_logging("info", Path(os.environ["LLAMA_SIDECAR_LOG_FILE"]))
-        config = _config_or_faults()
-        return 2 if config is None else _run(config, stops, when_serving)
+        try:
+            config = _config_or_faults()
+            return 2 if config is None else _run(config, stops, when_serving)
+        except Exception:
+            log.exception("the service failed")
+            return 1
 
     try:
         return winsvc.run_as_service(work)
     except winsvc.SystemRefused as exc:
-        _complain(f"service run: {exc}; it is for the Service Control Manager to start")
+        log.error("service run: %s; it is for the Service Control Manager to start", exc)  # noqa: TRY400 - the words say it all
         return 1
 
 
