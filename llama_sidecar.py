@@ -2247,6 +2247,7 @@ def _manage_service(action: str) -> int:
 
 def _run_service() -> int:
     """What the Service Control Manager starts."""
+    os.environ |= winsvc.service_variables() | dict(os.environ)
     log_file = winsvc.state_dir() / "llama-sidecar.log"
     os.environ.setdefault("LLAMA_SIDECAR_LOG_FILE", str(log_file))
     set_up_logging("info", Path(os.environ["LLAMA_SIDECAR_LOG_FILE"]))

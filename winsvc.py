@@ -657,11 +657,23 @@ if sys.platform == "win32":
             if not library.ChangeServiceConfig2W(service, kind, ctypes.byref(value)):
                 raise _system_refused()
 
+    _SERVICE_KEY: Final = rf"SYSTEM\CurrentControlSet\Services\{SERVICE_NAME}"
+
+    def service_variables() -> dict[str, str]:
+        """What `install_service` stored; Windows gives it to the service, Wine does not."""
+        try:
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, _SERVICE_KEY) as key:
+                lines, _ = winreg.QueryValueEx(key, "Environment")
+        except OSError:
+            return {}
+        pairs = [line.partition("=") for line in lines]
+        return {name: value for name, _, value in pairs}
+
     def _store_environment(variables: Mapping[str, str]) -> None:
-        path = rf"SYSTEM\CurrentControlSet\Services\{SERVICE_NAME}"
         lines = [f"{name}={value}" for name, value in variables.items()]
         try:
-            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path, 0, winreg.KEY_SET_VALUE) as key:
+            access = winreg.KEY_SET_VALUE
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, _SERVICE_KEY, 0, access) as key:
                 winreg.SetValueEx(key, "Environment", 0, winreg.REG_MULTI_SZ, lines)
         except OSError as exc:
             raise SystemRefused(f"{exc.strerror} (error {exc.winerror})") from exc
@@ -782,6 +794,10 @@ else:
     def install_service(command: Sequence[str], variables: Mapping[str, str]) -> None:
         """Raises SystemRefused: there is no Service Control Manager here."""
         raise _not_here()
+
+    def service_variables() -> dict[str, str]:
+        """There is no Service Control Manager here."""
+        return {}
 
     def start_service() -> None:
         """Raises SystemRefused: there is no Service Control Manager here."""
