@@ -1280,14 +1280,7 @@ class Handler(BaseHTTPRequestHandler):
             ) from exc
 
     def _agent_id(self, request: Request) -> str:
-        agent_id = self._header(request, "x-agent-id") or ""
-        if len(agent_id) > MAX_AGENT_ID_CHARS or not agent_id.isprintable():
-            raise RequestRefused(
-                *(400, "invalid_header"),
-                f"X-Agent-Id takes at most {MAX_AGENT_ID_CHARS} printable characters",
-                param="X-Agent-Id",
-            )
-        return agent_id
+        return _checked_agent_id(self._header(request, "x-agent-id") or "")
 
     def _wants_exact(self, request: Request) -> bool:
         wish = self._header(request, "x-sidecar-exact") or "0"
@@ -1398,6 +1391,17 @@ class _Work:
     is_exact: bool  # no process but one of exactly this spec will do
     body: bytes  # for the child
     is_made_whole: bool = False  # the child streams to us, and the client gets one answer
+
+
+def _checked_agent_id(agent_id: str) -> str:
+    """Raises RequestRefused."""
+    if len(agent_id) > MAX_AGENT_ID_CHARS or not agent_id.isprintable():
+        raise RequestRefused(
+            *(400, "invalid_header"),
+            f"X-Agent-Id takes at most {MAX_AGENT_ID_CHARS} printable characters",
+            param="X-Agent-Id",
+        )
+    return agent_id
 
 
 HEADER_FAULTS: Final = {"x-agent-flags": "invalid_flags", "x-model-id": "missing_model"}
@@ -2057,7 +2061,7 @@ def check_one(config: Config, options: argparse.Namespace) -> int:
         resolved = catalog.validator.resolve(
             *(model.id, model.path, model.args, options.flags),
             body=POST_ROUTES[options.endpoint],
-            owner=options.agent_id if config.isolates_agents else "",
+            owner=_checked_agent_id(options.agent_id) if config.isolates_agents else "",
         )
     except RequestRefused as exc:
         return _print_checked({"refused": [exc.message]}, options.json)
