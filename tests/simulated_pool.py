@@ -23,6 +23,7 @@ from pool import (
     Action,
     Lease,
     LoadFailed,
+    LoadTimeout,
     Pool,
     PoolConfig,
     Sidecar,
@@ -44,6 +45,7 @@ class Life:
     load_s: float = 0.0
     stop_s: float = 0.0
     load_error: str = ""  # its last words: it ends when its load would be done
+    times_out: bool = False  # its load ends in LoadTimeout, and the child lives on
     cannot_spawn: bool = False
     load_gate: threading.Event | None = None  # the load is not done before this is set
 
@@ -125,6 +127,12 @@ class SimulatedPool(Pool):
         with self._changed:
             return list(self._sidecars)
 
+    def dead_but_ready(self) -> list[str]:
+        """The models whose child has died, of which the pool does not know (yet)."""
+        with self._changed:
+            ready = [s for s in self._sidecars.values() if s.state is State.READY]
+            return [s.spec.model_id for s in ready if s.process and s.process.poll() is not None]
+
     def faults_at_the_end(self) -> list[str]:
         """After `close`, and after every client is done: what should not be left."""
         deadline = time.monotonic() + PATIENCE_S
@@ -173,6 +181,8 @@ class SimulatedPool(Pool):
             sidecar.tail.append(child.life.load_error)
             child.end(1)
         code = child.poll()
+        if child.life.times_out and code is None:
+            return LoadTimeout("simulated: not ready in time")
         return None if code is None else LoadFailed(f"simulated: ended with exit code {code}")
 
     def _end_process(self, sidecar: Sidecar) -> None:

@@ -133,6 +133,8 @@ class Schedule:
         if chance.random() < self.trouble:
             life.load_error = chance.choice([OUT_OF_MEMORY, OUT_OF_MEMORY, "no such tensor"])
             life.cannot_spawn = chance.random() < 0.1
+            if chance.random() < 0.2:
+                life.times_out, life.load_error = True, ""
         return life
 
 
@@ -162,6 +164,7 @@ class Run:
             self.closing.wait(schedule.closes_after_s)
         else:
             self.join(threads, deadline)
+            self.await_deaths()
         self.closing.set()
         self.pool.close(schedule.drain_s)
         self.join(threads, deadline)
@@ -171,6 +174,14 @@ class Run:
         if sum(self.ends.values()) != asked and not self.faults:
             self.faults.append(f"ends: {dict(self.ends)} for {asked} requests")
         return self.faults + self.pool.faults_at_the_end()
+
+    def await_deaths(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while dead := self.pool.dead_but_ready():
+            if time.monotonic() > deadline:
+                self.faults.append(f"deaths: nobody noticed that of {dead}")
+                break
+            time.sleep(MS)
 
     @staticmethod
     def join(threads: list[threading.Thread], deadline: float) -> None:
@@ -221,7 +232,7 @@ class Run:
             LoadFailed: bool(schedule.trouble or schedule.disturbances),
             UpstreamFailed: bool(schedule.disturbances),
             PoolBusy: request.timeout_s < PATIENCE_S,
-            LoadTimeout: request.timeout_s < PATIENCE_S,
+            LoadTimeout: request.timeout_s < PATIENCE_S or "simulated" in str(exc),
             QueueFull: schedule.config.queue_size < 64,
             PoolClosed: self.closing.is_set(),
             WaitCancelled: request.cancel_after_s is not None,
@@ -507,6 +518,27 @@ def test_a_smaller_context_is_served_by_a_larger_one_unless_it_must_be_exact() -
             assert (lease.sidecar, lease.start_kind) == (loaded, "reused")
         with here.pool.lease(small, PATIENCE_S, exact=True) as lease:
             assert lease.sidecar.spec == small
+
+
+def test_a_smaller_context_is_served_by_a_larger_one_while_its_own_stops(
+    clients: ThreadPoolExecutor,
+) -> None:
+    small, large = simulated_spec("s", 1024, "kin"), simulated_spec("l", 4096, "kin")
+    with scene({"kin": Life(stop_s=0.3)}, max_sidecars=2) as here:
+        here.pool.lease(small, PATIENCE_S).__exit__()
+        here.pool.lease(large, PATIENCE_S).__exit__()
+        removal = clients.submit(here.pool.remove, small.hash)
+        wait_until(lambda: here.pool.counts()[0]["stopping"], "its own stops")
+        with here.pool.lease(small, PATIENCE_S) as lease:
+            assert lease.sidecar.spec == large
+        removal.result(PATIENCE_S)
+
+
+def test_a_child_whose_load_took_too_long_is_ended_before_its_place_is_free() -> None:
+    with scene({"slow": Life(times_out=True, stop_s=0.02)}) as here:
+        with pytest.raises(LoadTimeout):
+            here.lease("slow")
+        assert here.use("other").spec.model_id == "other"
 
 
 def test_an_agent_between_two_steps_keeps_its_model_for_a_steps_time_only(
