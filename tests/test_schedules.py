@@ -358,6 +358,16 @@ def test_two_waiters_share_one_eviction(clients: ThreadPoolExecutor) -> None:
             assert {row["model_id"] for row in here.pool.snapshot()} == {"busy", "new"}
 
 
+def test_two_models_that_need_room_evict_two_at_once(clients: ThreadPoolExecutor) -> None:
+    lives = {name: Life(stop_s=1.0) for name in ("old", "older")}
+    with scene(lives, max_sidecars=2) as here:
+        for name in lives:
+            here.use(name)
+        asked = [clients.submit(here.use, name) for name in ("new", "newer")]
+        wait_until(lambda: here.pool.counts()[0]["stopping"] == 2, "both make room")
+        assert [future.result(PATIENCE_S).spec.model_id for future in asked] == ["new", "newer"]
+
+
 def test_a_model_that_loads_is_not_evicted_for_the_next(clients: ThreadPoolExecutor) -> None:
     gate = threading.Event()
     with scene({"slow": Life(load_gate=gate)}) as here:
@@ -524,13 +534,14 @@ def test_a_smaller_context_is_served_by_a_larger_one_while_its_own_stops(
     clients: ThreadPoolExecutor,
 ) -> None:
     small, large = simulated_spec("s", 1024, "kin"), simulated_spec("l", 4096, "kin")
-    with scene({"kin": Life(stop_s=0.3)}, max_sidecars=2) as here:
+    with scene({"kin": Life(stop_s=1.0)}, max_sidecars=2) as here:
         here.pool.lease(small, PATIENCE_S).__exit__()
         here.pool.lease(large, PATIENCE_S).__exit__()
         removal = clients.submit(here.pool.remove, small.hash)
         wait_until(lambda: here.pool.counts()[0]["stopping"], "its own stops")
         with here.pool.lease(small, PATIENCE_S) as lease:
             assert lease.sidecar.spec == large
+            assert here.pool.counts()[0]["stopping"] == 1
         removal.result(PATIENCE_S)
 
 
