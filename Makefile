@@ -15,7 +15,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration test-b11434 lint build bench bench-flags eval clean
+.PHONY: help run test test-unit test-integration test-b11434 lint build bench bench-flags bench-trace eval clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: $(READY) ## measure what the daemon adds to a request
 
 bench-flags: $(READY) ## measure what judging the flags of a request costs
 	@$(VENV_PYTHON) bench/validation.py $(ARGS)
+
+bench-trace: $(READY) ## count the loads of a recorded trace, with and without a step's time
+	@$(VENV_PYTHON) -m bench.trace_replay $(ARGS)
 
 eval: ## measure the quality of answers (not written yet)
 	@echo "make eval: there is no evaluation program yet" >&2; exit 1

@@ -516,11 +516,20 @@ class Pool:
 
     def _decide_locked(self) -> list[Action]:
         """Serve those who wait, in order of arrival, as far as it can be done now."""
+        self._end_drains_locked()
+        actions = self._serve_locked()
+        if self._end_drains_locked():
+            actions += self._serve_locked()  # who waited for a drained one goes on with it
+        self._waiting = [t for t in self._waiting if not t.is_settled]
+        self._changed.notify_all()
+        return actions
+
+    def _serve_locked(self) -> list[Action]:
+        """Give each in turn a lease, a start, or a victim whose place it will get."""
         actions: list[Action] = []
         coming = sum(s.state is State.STOPPING for s in self._sidecars.values())
         planned: set[str] = set()
         may_take_place = True
-        self._end_drains_locked()
         for ticket in list(self._waiting):
             if ticket.is_settled:
                 continue
@@ -547,8 +556,6 @@ class Pool:
                 else:
                     may_take_place = False
                     self._drain_for_locked(ticket)
-        self._waiting = [t for t in self._waiting if not t.is_settled]
-        self._changed.notify_all()
         return actions
 
     def _serving_locked(self, ticket: Ticket) -> Sidecar | None:
@@ -569,11 +576,22 @@ class Pool:
             larger, key=lambda s: (not s.takes_work, s.is_draining, s.spec.context), default=own
         )
 
-    def _end_drains_locked(self) -> None:
-        """Let drained sidecars take work again once nobody needs room any more."""
-        if all(t.is_settled or self._serving_locked(t) for t in self._waiting):
-            for sidecar in self._sidecars.values():
-                sidecar.is_draining = False
+    def _end_drains_locked(self) -> bool:
+        """Let drained sidecars take work again once nobody who waited too long needs room.
+
+        Whether there were any.
+        """
+        draining = [s for s in self._sidecars.values() if s.is_draining]
+        if not draining or any(self._is_overdue_locked(ticket) for ticket in self._waiting):
+            return False
+        for sidecar in draining:
+            sidecar.is_draining = False
+        return True
+
+    def _is_overdue_locked(self, ticket: Ticket) -> bool:
+        """Whether it has waited its fair time, and no sidecar is there for it yet."""
+        has_waited = time.monotonic() - ticket.arrived >= self.config.fair_wait_s
+        return has_waited and not ticket.is_settled and not self._serving_locked(ticket)
 
     def _has_room_locked(self) -> bool:
         return len(self._sidecars) + self._held_places < self.config.max_sidecars
@@ -676,15 +694,25 @@ class Pool:
         deadline = ticket.arrived + timeout_s
         while True:
             with self._changed:
-                now = time.monotonic()
-                until = min(deadline, self._next_chance_locked(ticket, now))
-                self._changed.wait_for(lambda: ticket.is_settled, max(0.0, until - now))
+                self._wait_for_chance_locked(ticket, deadline)
                 if not ticket.is_settled and time.monotonic() >= deadline:
                     ticket.error = self._too_long_locked(ticket, timeout_s)
                 if ticket.is_settled:
                     return self._settled_locked(ticket)
                 actions = self._decide_locked()
             _run(actions)
+
+    def _wait_for_chance_locked(self, ticket: Ticket, deadline: float) -> None:
+        """Return once the ticket is settled, or time alone may have changed what can be decided.
+
+        When that will be can change meanwhile: a release may begin a step's time.
+        """
+        now = time.monotonic()
+        until = min(deadline, self._next_chance_locked(ticket, now))
+        self._changed.wait_for(
+            lambda: ticket.is_settled or self._next_chance_locked(ticket, now) < until,
+            max(0.0, until - now),
+        )
 
     def _next_chance_locked(self, ticket: Ticket, now: float) -> float:
         """When time alone may change what can be decided for the ticket."""
@@ -784,13 +812,11 @@ class Pool:
         """Free the place that was kept; the evicted one gets it back if it was of no use."""
         with self._changed:
             self._held_places -= 1
-            actions: list[Action] = []
+            actions = [] if self.is_closed else self._decide_locked()
             if to_restart and not self.is_closed and self._has_room_locked():
                 spec = to_restart.spec
                 if spec.hash not in self._sidecars:
                     actions += self._start_locked(spec, "started", to_restart.is_pinned)
-            if not self.is_closed:
-                actions += self._decide_locked()
         _run(actions)
 
     def _spawn(self, sidecar: Sidecar) -> bool:
