@@ -15,7 +15,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration lint build bench eval clean
+.PHONY: help run test test-unit test-integration lint build bench soak eval clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ build: $(READY) ## make the one-file program dist/llama-sidecar
 
 bench: $(READY) ## measure what the daemon adds to a request
 	@$(VENV_PYTHON) bench/proxy_overhead.py $(ARGS)
+
+soak: $(READY) ## let agents ask for 10 minutes while processes are killed
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m bench.soak $(ARGS)
 
 eval: ## measure the quality of answers (not written yet)
 	@echo "make eval: there is no evaluation program yet" >&2; exit 1

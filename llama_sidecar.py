@@ -1503,9 +1503,9 @@ def _watching(
     try:
         ours, theirs = socket.socketpair()
     except OSError as exc:
-        raise RequestRefused(
-            503, "too_many_connections", f"too many open connections to wait in: {exc}"
-        ) from exc
+        refused = RequestRefused(503, "too_many_connections", f"too many open connections: {exc}")
+        refused.retry_after_s = 1.0
+        raise refused from exc
     pause_s = COMMENT_PAUSE_S if tell else None
 
     def watch() -> None:

@@ -129,10 +129,11 @@ def test_a_slow_reader_holds_only_its_own_stream_and_no_memory(tmp_path: Path) -
     switches = {"chunks": CHUNKS, "chunk_bytes": CHUNK_BYTES, "no_events": True}
     with running_daemon(tmp_path, {"m": switches}) as daemon:
         body = {"model": "m", "stream": True, "messages": []}
+        assert daemon.chat("m", fake={"chunks": 1})[0] == 200
+        before = resident_bytes(daemon.process.pid)
         connection, response = daemon.send("POST", CHAT, body)
         with contextlib.closing(connection), response:
             first = response.readline()
-            before = resident_bytes(daemon.process.pid)
             whole = daemon.chat("m", stream=True)[2]
             assert whole.endswith(b"data: [DONE]\n\n")
             assert len(whole) > CHUNKS * CHUNK_BYTES
