@@ -442,7 +442,7 @@ def is_served(daemon: Daemon, model: str, answers: list[Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[Row, Future[None]]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Future[None]]]:
     """Every row, running: who wants to know waits for its future."""
     folder = tmp_path_factory.mktemp("faults")
     models = {model_of(row): row.start for row in ROWS} | {"bystander": BYSTANDER}
@@ -454,9 +454,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[Row, 
         ThreadPoolExecutor(AT_ONCE) as runners,
     ):
         slow_first = sorted(ROWS, key=lambda row: row.do is nothing)
-        yield {row: runners.submit(run_row, daemon, row, bystander, clients) for row in slow_first}
+        yield {
+            str(row): runners.submit(run_row, daemon, row, bystander, clients) for row in slow_first
+        }
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_a_fault_is_told_and_mended(row: Row, outcomes: Mapping[Row, Future[None]]) -> None:
-    outcomes[row].result(110)
+def test_a_fault_is_told_and_mended(row: Row, outcomes: Mapping[str, Future[None]]) -> None:
+    outcomes[str(row)].result(110)

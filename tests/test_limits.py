@@ -286,7 +286,7 @@ def test_the_queue_of_the_daemon_is_bounded(tmp_path: Path) -> None:
     models: dict[str, dict[str, object]] = {"held": {"answer_gate": True}, "cold": {}}
     with running_daemon(tmp_path, models, **settings) as daemon, ThreadPoolExecutor(9) as threads:
         held = threads.submit(daemon.chat, "held")
-        wait_until(lambda: daemon.events("held", "request"), "it is held")
+        wait_until(lambda: any(row["in_flight"] for row in daemon.sidecars()), "it is held")
         waiting = [threads.submit(daemon.chat, "cold") for _ in range(8)]
         wait_until(lambda: sum(future.done() for future in waiting) == 5, "five are refused")
         assert daemon.ask("GET", "/health")[2]["queue"]["waiting"] == 3

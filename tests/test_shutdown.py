@@ -116,7 +116,7 @@ def test_what_runs_longer_than_the_drain_is_cut_and_told_so(
     }
     with running_daemon(tmp_path, models, **SHORT_DRAIN) as daemon:
         whole = threads.submit(daemon.chat, "whole")
-        wait_until(lambda: daemon.events("whole", "request"), "it is asked")
+        wait_until(lambda: any(row["in_flight"] for row in daemon.sidecars()), "it is asked")
         connection, response = begin_stream(daemon, "stream")
         with contextlib.closing(connection), response:
             begun = time.monotonic()
