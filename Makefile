@@ -15,7 +15,8 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration test-b11434 lint build bench bench-flags bench-trace eval clean
+.PHONY: help run test test-unit test-integration test-b11434 lint build bench bench-flags \
+	bench-trace soak eval clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,9 @@ bench-flags: $(READY) ## measure what judging the flags of a request costs
 
 bench-trace: $(READY) ## count the loads of a recorded trace, with and without a step's time
 	@$(VENV_PYTHON) -m bench.trace_replay $(ARGS)
+
+soak: $(READY) ## let agents ask for 10 minutes while processes are killed
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m bench.soak $(ARGS)
 
 eval: ## measure the quality of answers (not written yet)
 	@echo "make eval: there is no evaluation program yet" >&2; exit 1

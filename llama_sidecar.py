@@ -75,6 +75,7 @@ RECEIVE_BYTES: Final = 64 * 1024
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
 HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
 BODY_SILENCE_S: Final = 30.0  # between two pieces of a body
+MIN_BODY_BYTES_PER_S: Final = 1024.0  # what a body must bring on average, after the first silence
 SEND_TIMEOUT_S: Final = 60.0  # a reader that takes nothing for so long has gone
 UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
 SERVICE_STOP_S: Final = 60.0
@@ -1234,11 +1235,12 @@ class Handler(BaseHTTPRequestHandler):
             raise too_large
         if self.expects_continue and length:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        incoming = _Incoming(self.wire)
         if length != CHUNKED:
-            return self._read_exactly(length)
+            return self._read_exactly(incoming, length)
         decoder, pieces, size = ChunkedDecoder(), [], 0
         while not decoder.is_done:
-            piece = decoder.feed(self._receive())
+            piece = decoder.feed(incoming.receive())
             decoder.check()
             pieces.append(piece)
             size += len(piece)
@@ -1247,24 +1249,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wire.buffer = decoder.rest
         return b"".join(pieces)
 
-    def _read_exactly(self, length: int) -> bytes:
+    def _read_exactly(self, incoming: _Incoming, length: int) -> bytes:
         pieces, left = [], length
         while left > 0:
-            data = self._receive()
+            data = incoming.receive()
             pieces.append(data[:left])
             if len(data) > left:
                 self.wire.buffer = data[left:]
             left -= len(pieces[-1])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _receive(self) -> bytes:
-        try:
-            data = self.wire.receive(BODY_SILENCE_S)
-        except TimeoutError:
-            raise MalformedMessage("the rest of the body did not come", 408) from None
-        if not data:
-            raise MalformedMessage("the connection ended within the body")
-        return data
 
     def _resolve(self, request: Request, validator: Validator, model: Model) -> Resolved:
         flags = self._header(request, "x-agent-flags")
@@ -1382,6 +1375,28 @@ class Handler(BaseHTTPRequestHandler):
                 seen += len(data)
 
 
+class _Incoming:
+    """A request body on its way, which must neither pause nor trickle."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._begun = time.monotonic()
+        self._bytes = 0
+
+    def receive(self) -> bytes:
+        """The next piece. Raises MalformedMessage, OSError."""
+        late = self._begun + BODY_SILENCE_S + self._bytes / MIN_BODY_BYTES_PER_S
+        left_s = max(0.001, late - time.monotonic())
+        try:
+            data = self._wire.receive(min(BODY_SILENCE_S, left_s))
+        except TimeoutError:
+            raise MalformedMessage("the rest of the body did not come in time", 408) from None
+        if not data:
+            raise MalformedMessage("the connection ended within the body")
+        self._bytes += len(data)
+        return data
+
+
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """What one request comes to."""
@@ -1495,9 +1510,15 @@ def _watching(
 ) -> Iterator[None]:
     """While the block runs, call `when_gone` as soon as the client closes its connection.
 
-    `tell` is called every COMMENT_PAUSE_S, and may raise ClientGone.
+    `tell` is called every COMMENT_PAUSE_S, and may raise ClientGone. Raises
+    RequestRefused where there is no descriptor left to do so.
     """
-    ours, theirs = socket.socketpair()
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as exc:
+        refused = RequestRefused(503, "too_many_connections", f"too many open connections: {exc}")
+        refused.retry_after_s = 1.0
+        raise refused from exc
     pause_s = COMMENT_PAUSE_S if tell else None
 
     def watch() -> None:

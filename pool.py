@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import datetime
 import enum
+import errno
 import http.client
 import itertools
 import logging
@@ -52,6 +53,8 @@ MAX_IDLE_CONNECTIONS: Final = 32
 IDLE_CONNECTION_S: Final = 4.0  # llama-server closes after 5
 REQUESTS_PER_CONNECTION: Final = 100  # then llama-server closes (cpp-httplib)
 CONNECT_TIMEOUT_S: Final = 5.0
+NOT_ASKED: Final = 0  # in place of a status
+OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class SidecarError(Exception):
@@ -1156,7 +1159,10 @@ def _slots(upstream: Upstream) -> bytes:
 
 
 def _get(upstream: Upstream, path: str, key: str | None) -> int | None:
-    """The status of a GET, None if there is no answer within PROBE_TIMEOUT_S."""
+    """The status of a GET, None if there is no answer within PROBE_TIMEOUT_S.
+
+    NOT_ASKED if it is the daemon that could not ask, which is no fault of the child.
+    """
     return _exchange(upstream, path, key)[0]
 
 
@@ -1166,8 +1172,8 @@ def _exchange(upstream: Upstream, path: str, key: str | None) -> tuple[int | Non
         connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
         return response.status, response.read(MAX_SLOTS_BYTES)
-    except (OSError, http.client.HTTPException):
-        return None, b""
+    except (OSError, http.client.HTTPException) as exc:
+        return NOT_ASKED if getattr(exc, "errno", 0) in OUT_OF_DESCRIPTORS else None, b""
     finally:
         connection.close()
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,12 +121,17 @@ class Daemon:
 
 @contextlib.contextmanager
 def running_daemon(
-    folder: Path, models: Mapping[str, Mapping[str, object]], **env: str
+    folder: Path,
+    models: Mapping[str, Mapping[str, object]],
+    *,
+    wrapper: Sequence[str] = (),
+    **env: str,
 ) -> Iterator[Daemon]:
     """A daemon over fake llama-servers, ended in any case.
 
     `models` maps model ids to the switches of tests/fake_llama_server.py; `env`
-    adds variables. Ports: the daemon's own is chosen by the system.
+    adds variables, and `wrapper` is the command that becomes the daemon in the
+    end. Ports: the daemon's own is chosen by the system.
     """
     for name, switches in models.items():
         (folder / f"{name}.json").write_text(json.dumps(switches))
@@ -139,17 +144,19 @@ def running_daemon(
         "PORT_RANGE": free_port_range(),
         "BASE_ARGS": "[]",
     }
-    with started_daemon(settings | env, folder) as daemon:
+    with started_daemon(settings | env, folder, wrapper) as daemon:
         yield daemon
 
 
 @contextlib.contextmanager
-def started_daemon(settings: Mapping[str, str], folder: Path) -> Iterator[Daemon]:
+def started_daemon(
+    settings: Mapping[str, str], folder: Path, wrapper: Sequence[str] = ()
+) -> Iterator[Daemon]:
     """A daemon with exactly these settings beside PATH and HOME; waits until it listens."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment["LLAMA_SIDECAR_STATE_DIR"] = str(folder / "state")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "llama_sidecar.py")],
+        [*wrapper, sys.executable, str(ROOT / "llama_sidecar.py")],
         env=environment | dict(settings),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -18,9 +18,10 @@ FILE.events: each "request", then "done" (answered as it should be), "cut" (brok
 off by a switch) or "disconnect" (the client left first: phase and chunks say
 when); "signal" and "exit".
 
-Every JSON answer, and the first chunk of every stream, has an "echo" object that
-says who answered what: pid, port, model, argv, and the request's id, connection,
-method, target, headers, body_bytes and body_sha256. Text counts: " one two three".
+Every JSON answer but that of /slots, and the first chunk of every stream, has an
+"echo" object that says who answered what: pid, port, model, argv, and the request's
+id, connection, method, target, headers, body_bytes and body_sha256. Text counts:
+" one two three".
 
 Keys for the start; SECONDS are numbers, N whole numbers, true any true value:
 
@@ -38,6 +39,8 @@ Keys for the start; SECONDS are numbers, N whole numbers, true any true value:
     exit_after_seconds      SECONDS after it is ready, it ends with die_code
     sigterm_waits_for_open_requests    true: as the real one does
     flood_bytes             N bytes of lines, half to stdout, half to stderr, before it listens
+    flood_bytes_when_ready  N bytes more once it is ready
+    flood_bytes_when_told   N bytes more once it is told to stop
     binary_output           true: control characters, escapes and invalid UTF-8 without newline
     slow_accept             SECONDS before each connection is accepted
     no_events               true: writes no FILE.events (for measurements)
@@ -48,8 +51,9 @@ Keys for who it is and how it answers probes (every GET):
     other_key               true: wants another key than LLAMA_API_KEY
     health_status           N: answers probes with this status, also while it loads
     health_hangs            true: never answers probes
-    health_after            N: does either only after N good probes
-    health_gate             true: does either only once FILE.health_gate exists
+    health_half_header      true: closes in the middle of a probe's answer
+    health_after            N: does any of these only after N good probes
+    health_gate             true: does any of these only once FILE.health_gate exists
 
 Keys for connections:
 
@@ -83,6 +87,7 @@ Keys for the answer to a POST:
     half_header             "close" or "hang" in the middle of the answer's head *
     garbage_answer          true: bytes that are not HTTP *
     flood_bytes_per_request N bytes of output lines before the answer *
+    flood_bytes_per_chunk   N bytes of output lines before each chunk *
     exit_after_requests     N: exits 0 when the Nth answer is out
 """
 
@@ -133,6 +138,7 @@ LOADING = {"message": "Loading model", "type": "unavailable_error", "code": 503}
 BAD_KEY = {"message": "Invalid API Key", "type": "authentication_error", "code": 401}
 NOT_FOUND = {"message": "File Not Found", "type": "not_found_error", "code": 404}
 
+HALF_HEADER = b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Ty"
 JSON_TYPE = "application/json; charset=utf-8"
 BINARY_OUTPUT = b"\x1b[31mred\x1b]0;title\x07\x00\x08\x7f\x9b2J \xff\xfe\xc3( \r over \x1b[0m..."
 
@@ -376,6 +382,7 @@ class Server:
         self._changed = threading.Condition(threading.Lock())
         self._open_requests = 0
         self._answered = 0
+        self._words = 0
         self._probes = 0
         self._last_id = 0
 
@@ -434,6 +441,14 @@ class Server:
             is_last = self._answered == self.switches.count("exit_after_requests")
         if is_last:
             self.leave(0)
+
+    def count_word(self) -> None:
+        with self._changed:
+            self._words += 1
+
+    def words(self) -> int:
+        with self._changed:
+            return self._words
 
     def open_requests(self) -> int:
         with self._changed:
@@ -529,6 +544,9 @@ class Exchange:
     def _answer_badly(self) -> bool:
         if self.switches.has("health_hangs"):
             self._hang("probe")
+        if self.switches.has("health_half_header"):
+            self.peer.send(HALF_HEADER)
+            raise Cut
         status = self.switches.count("health_status")
         if status > 0:
             self._send_json(status, {"status": "ok" if status == 200 else "error"})
@@ -554,9 +572,10 @@ class Exchange:
         }
 
     def _slots(self) -> list[dict[str, object]]:
-        busy = self.server.open_requests() - 1
+        """What has happened so far; the same again as long as nothing moves."""
+        busy, words = self.server.open_requests() - 1, self.server.words()
         return [
-            {"id": slot, "n_ctx": 4096, "is_processing": slot < busy, "echo": self.echo()}
+            {"id": slot, "n_ctx": 4096, "is_processing": slot < busy, "n_decoded": words}
             for slot in range(SLOTS)
         ]
 
@@ -605,7 +624,7 @@ class Exchange:
             self.peer.send(b"\x16\x03\x01 this is not HTTP\n\n" * 4)
             raise Cut
         if self.switches.has("half_header"):
-            self.peer.send(b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Ty")
+            self.peer.send(HALF_HEADER)
             if self.switches.values["half_header"] == "hang":
                 self._hang("head")
             raise Cut
@@ -695,8 +714,10 @@ class Exchange:
                 self._end_stream(completion.error_event())
                 return
             self.peer.wait(self.switches.seconds("chunk_delay") if self.sent_chunks else 0)
+            flood(self.switches.count("flood_bytes_per_chunk", 0))
             self._send_chunk(before + completion.word_event(word))
             self.sent_chunks += 1
+            self.server.count_word()
             before = b""
         self._break_stream()
         self._end_stream(before + completion.last_events())
@@ -927,6 +948,7 @@ def run(server: Server) -> None:
         listen(server)
     log("I srv  llama_server: model loaded")
     log(f"I srv  llama_server: listening on http://{server.host}:{server.port}")
+    flood(server.switches.count("flood_bytes_when_ready", 0))
     if server.switches.has("exit_after_seconds"):
         seconds = server.switches.seconds("exit_after_seconds")
         after(seconds, lambda: server.die(server.switches))
@@ -942,6 +964,7 @@ def after(seconds: float, do: Callable[[], None]) -> None:
 def wait_for_stop(server: Server) -> None:
     while not server.told_to_stop.wait(0.5):
         pass  # a wait without end would not see a signal on Windows
+    flood(server.switches.count("flood_bytes_when_told", 0))
     log("I srv    operator(): operator(): cleaning up before exit...")
     if server.switches.has("sigterm_waits_for_open_requests"):
         server.wait_until_idle()
