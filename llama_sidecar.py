@@ -1176,9 +1176,10 @@ class Handler(BaseHTTPRequestHandler):
         """Which process the request needs, and what goes to it. Raises RequestRefused."""
         catalog = self.server.catalog.current()
         name = self._header(request, "x-model-id")
+        model = _model_called(name, catalog.models) if name else None
         is_form = POST_ROUTES[request.path] is Body.FORM
-        parsed = None if name and is_form else _json_object(body)
-        model = _model_called(name or _model_in(parsed), catalog.models)
+        parsed = None if model and is_form else _json_object(body)
+        model = model or _model_called(_model_in(parsed), catalog.models)
         resolved = self._resolve(request, catalog.validator, model)
         is_exact = self._wants_exact(request)
         if parsed is None:

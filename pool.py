@@ -1022,11 +1022,15 @@ class Pool:
                     self._restart(sidecar, reason)
 
     def _what_ails(self, sidecar: Sidecar) -> str:
-        """Why it must be restarted; empty while it is well, or only slow."""
+        """Why it must be restarted; empty while it is well, or only slow.
+
+        An idle one is asked for its slots: /health is answered by another thread,
+        and says ok while the one that computes is stuck for good.
+        """
         if sidecar.in_flight:
             sidecar.missed_probes = 0
             return self._why_stuck(sidecar)
-        is_silent = _health(sidecar.upstream) is None
+        is_silent = _get(sidecar.upstream, "/slots", sidecar.upstream.api_key) is None
         sidecar.missed_probes = sidecar.missed_probes + 1 if is_silent else 0
         return "it does not answer" if sidecar.missed_probes >= MAX_MISSED_PROBES else ""
 

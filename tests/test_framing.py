@@ -18,7 +18,7 @@ from tests.daemon import CHAT, Daemon, running_daemon
 
 HOST = b"Host: localhost"
 GET = b"GET /health HTTP/1.1"
-POST = f"POST {CHAT} HTTP/1.1".encode()
+POST = b"POST /v1/embeddings HTTP/1.1"  # bodies reach the child as they are
 JSON = b"Content-Type: application/json"
 CHUNKED = b"Transfer-Encoding: chunked"
 CHAT_BODY = json.dumps({"model": "m", "messages": [], "max_tokens": 1}).encode()
