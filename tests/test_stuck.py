@@ -367,6 +367,8 @@ def test_a_stranger_that_takes_the_port_meanwhile_never_sees_a_prompt_or_a_key(
             first, second = bench.lines("m", "starts")
             assert first["port"] == strangers[0].server_port
             assert second["port"] == lease.upstream.port
+            ends = [row for row in bench.lines("m", "events") if row["event"] == "exit"]
+            assert ends == []  # the first was taken from the port before it tried to bind
     finally:
         for stranger in strangers:
             stranger.shutdown()

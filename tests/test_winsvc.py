@@ -360,8 +360,8 @@ def test_the_roster_names_who_lives(tmp_path: Path) -> None:
         assert is_alive(second.pid)
     assert [each.name for each in folder.iterdir()] == [file.name]
     roster.close()
-    roster.remove(second.pid)  # its end is noticed late
     roster.close()
+    roster.remove(second.pid)  # its end is noticed late
     assert list(folder.iterdir()) == []
 
 
