@@ -1185,11 +1185,11 @@ class Handler(BaseHTTPRequestHandler):
         if parsed is None:
             return _Work(model, resolved.spec, is_exact, body)
         self.progress = self._wanted_progress(request, parsed)
-        is_made_whole = _is_made_whole(request.path, parsed)
-        added = resolved.defaults.fields_for(parsed) | (STREAMED if is_made_whole else {})
-        if added:
-            body = parsed.with_members(added).encode("utf-8")
-        return _Work(model, resolved.spec, is_exact, body, is_made_whole)
+        added = resolved.defaults.fields_for(parsed)
+        streaming = _stream_fields(request.path, parsed, added)
+        if added or streaming:
+            body = parsed.with_members(added | streaming).encode("utf-8")
+        return _Work(model, resolved.spec, is_exact, body, bool(streaming))
 
     def _wanted_progress(self, request: Request, body: JsonObject) -> _Progress | None:
         """For a streaming request that asks to be told what it waits for."""
@@ -1433,16 +1433,30 @@ def _json_object(body: bytes) -> JsonObject:
 
 # What a request is given so that the child streams to us: only then does llama-server
 # notice at once that nobody wants the answer any more (server-queue.cpp, recv_with_timeout).
-STREAMED: Final = {"stream": "true", "stream_options": '{"include_usage":true}'}
+STREAMED: Final = {"stream": "true"}
+STREAMED_WITH_USAGE: Final = STREAMED | {"stream_options": '{"include_usage":true}'}
+
+# With one of these a stream says less than the whole answer does: probabilities of tokens
+# that show in no text; text held back because a stop word may have begun with it.
+NOT_IN_STREAMS: Final = frozenset(
+    "logprobs n_probs n_cmpl stop stop_sequences top_logprobs verbose".split()
+)
 
 
-def _is_made_whole(path: str, body: JsonObject) -> bool:
-    """Whether the answer, wanted in one piece, can be put together from a stream."""
+def _stream_fields(path: str, body: JsonObject, added: Mapping[str, str]) -> dict[str, str]:
+    """What makes the child stream an answer that is wanted in one piece.
+
+    Empty if it could not be put together again exactly. `added` are the fields
+    that the request gets besides its own.
+    """
     values = body.values
-    wants_one = not values.get("stream") and values.get("n") in (None, 1) and "n_cmpl" not in values
-    if path == "/v1/completions":
-        return wants_one and isinstance(values.get("prompt"), str)
-    return wants_one and path == "/v1/chat/completions"
+    is_one = not values.get("stream") and values.get("n") in (None, 1)
+    told = {name for name, value in values.items() if value not in (None, False, 0, "", [])}
+    if path not in WHOLE_ANSWERS or not is_one or NOT_IN_STREAMS & (told | set(added)):
+        return {}
+    if path == "/v1/completions" and not isinstance(values.get("prompt"), str):
+        return {}
+    return STREAMED_WITH_USAGE if path.endswith("/completions") else STREAMED
 
 
 def _model_in(body: JsonObject | None) -> str:
@@ -1623,7 +1637,7 @@ class _Relay:
         connection, wire, head, length = self._exchange()
         is_reusable = False
         try:
-            is_stream = (head.get("content-type") or "").startswith("text/event-stream")
+            is_stream = any(v.startswith("text/event-stream") for v in head.all("content-type"))
             if self._is_made_whole and is_stream:
                 is_reusable = self._answer_whole(wire, head, length)
             elif self._has_begun() and not (is_stream and int(head.start[2]) == 200):
@@ -1753,7 +1767,7 @@ class _Relay:
 
     def _answer_whole(self, wire: Wire, head: Head, length: int) -> bool:
         """Put the child's stream together and pass it on as one answer."""
-        whole = WholeAnswer(self._request.path == "/v1/chat/completions")
+        whole = WHOLE_ANSWERS[self._request.path]()
         try:
             for piece in _body_pieces(wire, length):
                 self._note(piece)
@@ -1828,20 +1842,14 @@ STREAM_FIELDS: Final = frozenset({"content-type", "cache-control", "x-accel-buff
 
 
 class WholeAnswer:
-    """Puts a completion together from llama-server's event stream.
+    """Puts an answer together from llama-server's event stream.
 
     What comes out has the shape that the same request has without `stream`
-    (tools/server/server-task.cpp, to_json_oaicompat and to_json_oaicompat_chat).
+    (tools/server/server-task.cpp, the pairs to_json_... and to_json_..._stream).
     """
 
-    def __init__(self, is_chat: bool) -> None:
-        self._is_chat = is_chat
+    def __init__(self) -> None:
         self._buffer = b""
-        self._top: dict[str, Any] = {}
-        self._choice: dict[str, Any] = {"finish_reason": None, "index": 0}
-        self._texts: dict[str, list[str]] = {}
-        self._tool_calls: dict[int, dict[str, Any]] = {}
-        self._logprobs: list[Any] = []
         self._error: dict[str, Any] | None = None
         self.is_complete = False
 
@@ -1849,66 +1857,183 @@ class WholeAnswer:
         """Take more of the stream. Raises MalformedMessage."""
         *events, self._buffer = (self._buffer + data).split(b"\n\n")
         for event in events:
-            name, _, value = event.partition(b": ")
-            if name == b"data":
-                self._take(value)
+            fields = dict(line.partition(b": ")[::2] for line in event.split(b"\n"))
+            if b"data" in fields:
+                self._read(fields.get(b"event", b""), fields[b"data"])
 
     def answer(self) -> tuple[int, dict[str, Any]]:
         """The status and the JSON answer."""
-        if self._error is not None:
-            code = self._error.get("code")
-            is_status = isinstance(code, int) and 400 <= code <= 599
-            return code if is_status and code else 500, {"error": self._error}
-        texts = {name: "".join(pieces) for name, pieces in self._texts.items()}
-        choice = self._choice | (self._message(texts) if self._is_chat else {"text": ""} | texts)
-        if self._logprobs:
-            choice["logprobs"] = {"content": self._logprobs}
-        kind = "chat.completion" if self._is_chat else "text_completion"
-        return 200, {"choices": [choice]} | self._top | {"object": kind}
+        if self._error is None:
+            return 200, self._value()
+        code = self._error.get("code")
+        is_status = isinstance(code, int) and 400 <= code <= 599
+        return code if is_status and code else 500, {"error": self._error}
 
-    def _message(self, texts: dict[str, str]) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": ""} | texts
-        if self._tool_calls:
-            message["tool_calls"] = [self._tool_calls[n] for n in sorted(self._tool_calls)]
-        return {"message": message}
-
-    def _take(self, value: bytes) -> None:
-        if value.strip() == b"[DONE]":
+    def _read(self, name: bytes, data: bytes) -> None:
+        if data.strip() == b"[DONE]":
             self.is_complete = True
             return
         try:
-            event = json.loads(value)
-            if "error" in event:
-                self._error, self.is_complete = dict(event["error"]), True
-                return
-            for choice in event.pop("choices", ()):
-                self._take_choice(choice)
-            self._top |= {name: value for name, value in event.items() if value is not None}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+            event = dict(json.loads(data))
+            if name == b"error" or "error" in event:
+                self._error, self.is_complete = dict(event.get("error", event)), True
+            else:
+                self._take(event)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
             raise MalformedMessage(f"an event that makes no sense: {exc}") from exc
 
+    def _take(self, event: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _value(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class WholeCompletion(WholeAnswer):
+    """/v1/completions."""
+
+    kind = "text_completion"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._top: dict[str, Any] = {}
+        self._choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+        self._texts: dict[str, list[str]] = {}
+
+    def _take(self, event: dict[str, Any]) -> None:
+        for choice in event.pop("choices", ()):
+            self._take_choice(choice)
+        event.pop("prompt_progress", None)  # of streams alone
+        self._top |= {name: value for name, value in event.items() if value is not None}
+
     def _take_choice(self, choice: dict[str, Any]) -> None:
-        delta = choice.pop("delta", {}) if self._is_chat else {"text": choice.pop("text", "")}
-        logprobs = choice.pop("logprobs", None)
-        self._logprobs += (logprobs or {}).get("content") or []
-        if not self._is_chat:
-            self._choice["logprobs"] = None
-        self._choice |= {name: value for name, value in choice.items() if value is not None}
+        self._add_texts({"text": choice.pop("text", "")})
+        self._choice |= {"logprobs": None} | _not_null(choice)
+
+    def _add_texts(self, pieces: dict[str, Any]) -> None:
+        for name, piece in _not_null(pieces).items():
+            if not isinstance(piece, str):
+                raise TypeError(f"{name} is no text")
+            self._texts.setdefault(name, []).append(piece)
+
+    def _joined(self) -> dict[str, Any]:
+        return {name: "".join(pieces) for name, pieces in self._texts.items()}
+
+    def _value(self) -> dict[str, Any]:
+        choice = self._choice | {"text": ""} | self._joined()
+        return {"choices": [choice]} | self._top | {"object": self.kind}
+
+
+class WholeChat(WholeCompletion):
+    """/v1/chat/completions."""
+
+    kind = "chat.completion"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tool_calls: dict[int, dict[str, Any]] = {}
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        delta = choice.pop("delta", {})
         for call in delta.pop("tool_calls", None) or ():
             self._take_tool_call(call)
         delta.pop("role", None)
-        for name, text in delta.items():
-            if text is not None:
-                self._texts.setdefault(name, []).append(text)
+        self._add_texts(delta)
+        self._choice |= _not_null(choice)
 
     def _take_tool_call(self, call: dict[str, Any]) -> None:
-        known = self._tool_calls.setdefault(
-            call.pop("index"), {"type": "function", "function": {"name": "", "arguments": ""}}
-        )
         function = call.pop("function", {})
+        known = self._tool_calls.setdefault(
+            int(call.pop("index")), {"type": "function", "function": {"name": "", "arguments": ""}}
+        )
         known["function"]["name"] += function.get("name") or ""
         known["function"]["arguments"] += function.get("arguments") or ""
         known |= call
+
+    def _value(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": ""} | self._joined()
+        if self._tool_calls:
+            message["tool_calls"] = [self._tool_calls[n] for n in sorted(self._tool_calls)]
+        choice = self._choice | {"message": message}
+        return {"choices": [choice]} | self._top | {"object": self.kind}
+
+
+class WholeMessage(WholeAnswer):
+    """/v1/messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._message: dict[str, Any] = {}
+        self._blocks: dict[int, dict[str, Any]] = {}
+        self._pieces: dict[tuple[int, str], list[str]] = {}
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event["type"]:
+            case "message_start":
+                self._message = dict(event["message"])
+            case "content_block_start":
+                self._blocks[int(event["index"])] = dict(event["content_block"])
+            case "content_block_delta":
+                self._take_delta(int(event["index"]), event["delta"])
+            case "message_delta":
+                self._message |= event["delta"]
+                self._message["usage"] = self._message["usage"] | event["usage"]
+            case "message_stop":
+                self._join()
+                self.is_complete = True
+
+    def _take_delta(self, index: int, delta: dict[str, Any]) -> None:
+        del delta["type"]
+        for name, piece in delta.items():
+            self._pieces.setdefault((index, name), []).append(piece)
+
+    def _join(self) -> None:
+        for (index, name), pieces in self._pieces.items():
+            self._blocks[index][name] = "".join(pieces)
+        for block in self._blocks.values():
+            if block["type"] == "tool_use":
+                block["input"] = _json_or_empty(block.pop("partial_json", ""))
+
+    def _value(self) -> dict[str, Any]:
+        return self._message | {"content": [self._blocks[n] for n in sorted(self._blocks)]}
+
+
+class WholeResponse(WholeAnswer):
+    """/v1/responses: the last event of its stream holds it all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._response: dict[str, Any] = {}
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["type"] == "response.completed":
+            found = event["response"]
+            output = [item | {"status": "completed"} for item in found["output"]]
+            self._response = found | {"completed_at": found["created_at"], "output": output}
+            self.is_complete = True
+
+    def _value(self) -> dict[str, Any]:
+        return self._response
+
+
+def _not_null(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _json_or_empty(text: str) -> object:
+    """As llama-server reads a tool call's arguments."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
+WHOLE_ANSWERS: Final[Mapping[str, Callable[[], WholeAnswer]]] = {
+    "/v1/chat/completions": WholeChat,
+    "/v1/completions": WholeCompletion,
+    "/v1/messages": WholeMessage,
+    "/v1/responses": WholeResponse,
+}
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ import enum
 import errno
 import http.client
 import itertools
+import json
 import logging
 import math
 import re
@@ -46,6 +47,13 @@ MAX_HISTORIES: Final = 1024
 LOADS_REMEMBERED: Final = 5
 LOAD_GUESS_S: Final = 5.0  # where none is remembered
 MAX_SLOTS_BYTES: Final = 1 << 20
+SLOT_COUNTERS: Final = (
+    "id_task",
+    "n_prompt_tokens",
+    "n_prompt_tokens_processed",
+    "n_prompt_tokens_cache",
+    "next_token",
+)
 SLOTS_PAUSE_S: Final = 1.5  # asked more often, llama-server is slow to see that a client left
 TAIL_LINES: Final = 50
 LINE_BYTES: Final = 4096
@@ -234,7 +242,7 @@ class Sidecar:
         self.spawning = threading.Lock()  # held while a process is being made: none slips away
         self.last_output = self.started
         self.last_progress = self.started  # when an answer, or a slot's counters, moved last
-        self.slots = b""  # what GET /slots said last
+        self.slots = ""  # the counters of GET /slots when last asked
         self.has_lost_port = False
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         # --- guarded by Pool._changed
@@ -1156,10 +1164,16 @@ def _health(upstream: Upstream) -> int | None:
     return _get(upstream, "/health", None)
 
 
-def _slots(upstream: Upstream) -> bytes:
+def _slots(upstream: Upstream) -> str:
     """What its slots have done so far, as text that changes when they move; empty: no answer."""
     status, body = _exchange(upstream, "/slots", upstream.api_key)
-    return body if status == 200 else b""
+    if status != 200:
+        return ""
+    try:
+        rows = [[slot.get(name) for name in SLOT_COUNTERS] for slot in json.loads(body)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return ""
+    return json.dumps(rows)
 
 
 def _get(upstream: Upstream, path: str, key: str | None) -> int | None:

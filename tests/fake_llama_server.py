@@ -70,6 +70,10 @@ Keys for the answer to a POST:
     chunk_bytes             N: every chunk of a stream is padded to at least so many bytes *
     chunk_split             N: no HTTP chunk is longer, wherever that cuts an event *
     words                   LIST of words to count with *
+    reasoning               text: thought before the answer, word by word in a stream *
+    tool_calls              LIST of [name, arguments]: the answer ends in these calls *
+    compact                 true: JSON without blanks, as llama-server writes it *
+    slots_move              true: the counters of GET /slots move each time they are asked for
     stream_gate             N: after N chunks silence until FILE.stream_gate exists *
     answer_status           N: this status, with answer_body *
     answer_body             text sent as it is, or any other JSON value *
@@ -95,6 +99,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -574,10 +579,10 @@ class Exchange:
     def _slots(self) -> list[dict[str, object]]:
         """What has happened so far; the same again as long as nothing moves."""
         busy, words = self.server.open_requests() - 1, self.server.words()
-        return [
-            {"id": slot, "n_ctx": 4096, "is_processing": slot < busy, "n_decoded": words}
-            for slot in range(SLOTS)
-        ]
+        moved = self.id if self.switches.has("slots_move") else 0
+        counters = {"id_task": 0, "n_prompt_tokens": 4096, "n_prompt_tokens_processed": moved}
+        about = {"n_ctx": 4096, **counters, "next_token": [{"n_decoded": words}]}
+        return [{"id": slot, "is_processing": slot < busy, **about} for slot in range(SLOTS)]
 
     def _models(self) -> dict[str, object]:
         model = {"id": self.server.model, "object": "model", "owned_by": "llamacpp"}
@@ -598,7 +603,7 @@ class Exchange:
 
     def _complete(self, body: dict[str, object]) -> None:
         self.closes = self.closes or self._is_close_delimited()
-        completion = Completion(self, body)
+        completion = COMPLETIONS.get(self.request.path, Completion)(self, body)
         if self.switches.has("answer_status"):
             self._send_canned()
         elif body.get("stream") is True:
@@ -663,7 +668,7 @@ class Exchange:
     def _send_json(self, status: int, payload: dict[str, object] | list[dict[str, object]]) -> None:
         if isinstance(payload, dict):
             payload = {**payload, "echo": self.echo()}
-        self._send_body(status, JSON_TYPE, json.dumps(payload).encode())
+        self._send_body(status, JSON_TYPE, as_json(payload, self.switches).encode())
 
     def _send_canned(self) -> None:
         body = self.switches.values.get("answer_body", "")
@@ -724,7 +729,8 @@ class Exchange:
 
     def _end_stream(self, last: bytes) -> None:
         self._send_chunk(last)
-        self._send_chunk(b"data: [DONE]\n\n")
+        if self.request.path not in COMPLETIONS:
+            self._send_chunk(b"data: [DONE]\n\n")
         if not self._is_close_delimited():
             self.peer.send(b"0\r\n\r\n")
 
@@ -787,15 +793,47 @@ class Completion:
         count = len(self.words)
         return {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": count + 7}
 
+    def _calls(self) -> list[tuple[str, str]]:
+        """Name and arguments of each tool call that ends the answer."""
+        calls = self.exchange.switches.values.get("tool_calls", [])
+        return [(str(name), str(text)) for name, text in calls] if isinstance(calls, list) else []
+
+    def _reasoning(self) -> str:
+        return str(self.exchange.switches.values.get("reasoning", ""))
+
+    def _finish_reason(self) -> str:
+        return "tool_calls" if self._calls() else "length"
+
+    def _extras(self) -> dict[str, object]:
+        """What a whole message has besides role and content."""
+        calls = [
+            {"id": f"call-{n}", "type": "function", "function": {"name": name, "arguments": text}}
+            for n, (name, text) in enumerate(self._calls())
+        ]
+        thought = {"reasoning_content": self._reasoning()} if self._reasoning() else {}
+        return {**thought, **({"tool_calls": calls} if calls else {})}
+
+    def _call_deltas(self) -> list[dict[str, object]]:
+        """Each call in pieces: id and name, then its arguments in two halves."""
+        deltas: list[dict[str, object]] = []
+        for n, (name, text) in enumerate(self._calls()):
+            half = len(text) // 2
+            head = {"index": n, "id": f"call-{n}", "type": "function"}
+            deltas.append({**head, "function": {"name": name, "arguments": text[:half]}})
+            deltas.append({"index": n, "function": {"arguments": text[half:]}})
+        return deltas
+
     def embedding(self) -> dict[str, object]:
         item = {"object": "embedding", "index": 0, "embedding": [0.25, -0.5]}
         return {**self._common("list"), "data": [item]}
 
     def whole(self) -> dict[str, object]:
         text = "".join(self.words)
-        message = {"message": {"role": "assistant", "content": text}}
-        said = message if self.is_chat else {"text": text}
-        choice = {"index": 0, "finish_reason": "length", **said}
+        message: dict[str, object] = {"role": "assistant", "content": text, **self._extras()}
+        said: dict[str, object] = {"message": message} if self.is_chat else {"text": text}
+        if not self.is_chat:
+            said["logprobs"] = None
+        choice = {"index": 0, "finish_reason": self._finish_reason(), **said}
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {**self._common(kind), "choices": [choice], "usage": self._usage()}
 
@@ -803,7 +841,8 @@ class Completion:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         event = {**self._common(kind), "choices": choices, **more}
         missing = self.exchange.switches.count("chunk_bytes", 0) - len(json.dumps(event))
-        return as_event({**event, "pad": "p" * missing} if missing > 0 else event)
+        padded = {**event, "pad": "p" * missing} if missing > 0 else event
+        return as_event(padded, self.exchange.switches)
 
     def _choice(self, delta: dict[str, object], finish_reason: str | None) -> dict[str, object]:
         said = {"delta": delta} if self.is_chat else {"text": delta.get("content") or ""}
@@ -811,25 +850,129 @@ class Completion:
 
     def first_event(self) -> bytes:
         choice = self._choice({"role": "assistant", "content": None}, None)
-        return self._event([choice], echo=self.exchange.echo())
+        first = self._event([choice], echo=self.exchange.echo())
+        thoughts = re.findall(r"\S+\s*", self._reasoning())
+        deltas = [self._choice({"reasoning_content": word}, None) for word in thoughts]
+        return first + b"".join(self._event([choice]) for choice in deltas)
 
     def word_event(self, word: str) -> bytes:
         return self._event([self._choice({"content": word}, None)])
 
     def last_events(self) -> bytes:
         """The finish reason, then the usage if the request wants it."""
-        last = self._event([self._choice({}, "length")])
+        calls = [self._choice({"tool_calls": [call]}, None) for call in self._call_deltas()]
+        last = b"".join(self._event([choice]) for choice in calls)
+        last += self._event([self._choice({}, self._finish_reason())])
         options = self.body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
             last += self._event([], usage=self._usage())
         return last
 
     def error_event(self) -> bytes:
-        return as_event({"error": {"code": 500, "message": "it broke", "type": "server_error"}})
+        error = {"code": 500, "message": "it broke", "type": "server_error"}
+        return as_event({"error": error}, self.exchange.switches)
 
 
-def as_event(payload: dict[str, object]) -> bytes:
-    return f"data: {json.dumps(payload)}\n\n".encode()
+class Message(Completion):
+    """An answer of /v1/messages."""
+
+    def whole(self) -> dict[str, object]:
+        thought = {"type": "thinking", "thinking": self._reasoning(), "signature": ""}
+        calls = [
+            {"type": "tool_use", "id": f"call-{n}", "name": name, "input": json.loads(text)}
+            for n, (name, text) in enumerate(self._calls())
+        ]
+        said = {"type": "text", "text": "".join(self.words)}
+        content = [*([thought] if self._reasoning() else []), said, *calls]
+        usage = {"input_tokens": 7, "output_tokens": len(self.words)}
+        return {**self._start(), "content": content, **self._stop(), "usage": usage}
+
+    def first_event(self) -> bytes:
+        started = {**self._start(), "content": [], "usage": {"input_tokens": 7, "output_tokens": 0}}
+        first = self._named("message_start", message=started, echo=self.exchange.echo())
+        if self._reasoning():
+            first += self._block(0, type="thinking", thinking="")
+            first += self._delta(0, type="thinking_delta", thinking=self._reasoning())
+        return first + self._block(self._text_index(), type="text", text="")
+
+    def word_event(self, word: str) -> bytes:
+        return self._delta(self._text_index(), type="text_delta", text=word)
+
+    def last_events(self) -> bytes:
+        last = b""
+        if self._reasoning():
+            last += self._delta(0, type="signature_delta", signature="")
+        for n, (name, text) in enumerate(self._calls(), self._text_index() + 1):
+            call_id = f"call-{n - self._text_index() - 1}"
+            last += self._block(n, type="tool_use", id=call_id, name=name)
+            for part in (text[: len(text) // 2], text[len(text) // 2 :]):
+                last += self._delta(n, type="input_json_delta", partial_json=part)
+        usage = {"output_tokens": len(self.words)}
+        last += self._named("message_delta", delta=self._stop(), usage=usage)
+        return last + self._named("message_stop")
+
+    def error_event(self) -> bytes:
+        error = {"code": 500, "message": "it broke", "type": "server_error"}
+        return b"event: error\n" + as_event(error, self.exchange.switches)
+
+    def _start(self) -> dict[str, object]:
+        common = self._common("message")
+        return {"id": common["id"], "type": "message", "role": "assistant"}
+
+    def _stop(self) -> dict[str, object]:
+        return {"stop_reason": "tool_use" if self._calls() else "max_tokens", "stop_sequence": None}
+
+    def _text_index(self) -> int:
+        return 1 if self._reasoning() else 0
+
+    def _named(self, kind: str, **fields: object) -> bytes:
+        data = as_event({"type": kind, **fields}, self.exchange.switches)
+        return f"event: {kind}\n".encode() + data
+
+    def _block(self, index: int, **block: object) -> bytes:
+        return self._named("content_block_start", index=index, content_block=block)
+
+    def _delta(self, index: int, **delta: object) -> bytes:
+        return self._named("content_block_delta", index=index, delta=delta)
+
+
+class Response(Message):
+    """An answer of /v1/responses."""
+
+    def whole(self) -> dict[str, object]:
+        done = {"status": "completed"}
+        text = "".join(self.words)
+        said: dict[str, object] = {"type": "message", "content": [{"text": text}]}
+        calls: list[dict[str, object]] = [
+            {"type": "function_call", "name": name, "arguments": text, "call_id": f"call-{n}"}
+            for n, (name, text) in enumerate(self._calls())
+        ]
+        output = [{**item, **done} for item in (said, *calls)]
+        now = self._common("response")["created"]
+        about = {"id": self._common("")["id"], "object": "response", "usage": {"input_tokens": 7}}
+        return {**about, **done, "created_at": now, "completed_at": now, "output": output}
+
+    def first_event(self) -> bytes:
+        return self._named("response.created", response={}, echo=self.exchange.echo())
+
+    def word_event(self, word: str) -> bytes:
+        return self._named("response.output_text.delta", delta=word)
+
+    def last_events(self) -> bytes:
+        whole = self.whole()
+        del whole["completed_at"]
+        return self._named("response.completed", response=whole)
+
+
+COMPLETIONS = {"/v1/messages": Message, "/v1/responses": Response}
+
+
+def as_json(payload: object, switches: Switches) -> str:
+    return json.dumps(payload, separators=(",", ":") if switches.has("compact") else None)
+
+
+def as_event(payload: dict[str, object], switches: Switches) -> bytes:
+    return f"data: {as_json(payload, switches)}\n\n".encode()
 
 
 def serve(server: Server, sock: socket.socket, connection: int) -> None:
