@@ -666,9 +666,7 @@ class Pool:
         history = self._histories.get(spec.hash)
         if not history or not history.loads_s:
             return "it has not been loaded yet"
-        return (
-            f"its last {len(history.loads_s)} loads took {self._expected_load_locked(spec):.1f} s"
-        )
+        return f"of late it took {self._expected_load_locked(spec):.1f} s to load"
 
     def _history_locked(self, hash_: str) -> History:
         history = self._histories.setdefault(hash_, History())
@@ -1025,9 +1023,12 @@ class Pool:
             with self._changed:
                 ready = [s for s in self._sidecars.values() if s.state is State.READY]
             for sidecar in ready:
-                reason = self._what_ails(sidecar)
-                if reason:
-                    self._restart(sidecar, reason)
+                _guarded(self._check, sidecar)
+
+    def _check(self, sidecar: Sidecar) -> None:
+        reason = self._what_ails(sidecar)
+        if reason:
+            self._restart(sidecar, reason)
 
     def _what_ails(self, sidecar: Sidecar) -> str:
         """Why it must be restarted; empty while it is well, or only slow.

@@ -113,6 +113,10 @@ def end_orphans(folder: Path) -> list[str]:
     number that belongs to another program by now is left alone.
     """
     ended = []
+    for half in folder.glob("[0-9]*.new"):  # left where a daemon ended while it wrote
+        with contextlib.suppress(OSError, ValueError):
+            if process_stamp(int(half.stem)) is None:
+                half.unlink()
     for file in sorted(folder.glob("[0-9]*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
