@@ -746,7 +746,7 @@ def test_a_larger_one_that_need_not_run_dry_any_more_takes_smaller_work_again(
 
 def health_probes(bench: Bench, name: str) -> int:
     rows = bench.lines(name, "events")
-    return sum(row["event"] == "request" and row["target"] == "/health" for row in rows)
+    return sum(row["event"] == "request" and row["target"] == "/slots" for row in rows)
 
 
 def test_an_idle_child_that_answers_no_probe_is_restarted(

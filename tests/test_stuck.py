@@ -116,13 +116,13 @@ def test_a_child_whose_slots_move_is_left_alone(tmp_path: Path) -> None:
                 assert lease.sidecar.state is State.READY
 
 
-def test_an_idle_child_is_not_asked_for_progress(tmp_path: Path) -> None:
+def test_an_idle_child_whose_counters_stand_still_is_left_alone(tmp_path: Path) -> None:
     with bench_in(tmp_path, stall_s=0.2, health_interval_s=0.05) as bench:
         idle = bench.use("m")
         began = time.monotonic()
         wait_until(lambda: time.monotonic() - began > 1.0, "five times the time of a stall")
         assert idle.state is State.READY
-        assert slots_asked(bench, "m") == 0
+        assert slots_asked(bench, "m") > 3
 
 
 @pytest.mark.parametrize(
