@@ -1657,9 +1657,10 @@ class _Relay:
     def _note(self, piece: bytes) -> None:
         """The answer moves; does it end in tool calls?"""
         self._lease.progressed()
-        if _TOOL_CALLS.search(self._tail + piece):
+        seen = self._tail + piece
+        if _TOOL_CALLS.search(seen):
             self._lease.ended_in_tool_calls = True
-        self._tail = piece[-_TOOL_CALLS_BYTES:]
+        self._tail = seen[-_TOOL_CALLS_BYTES:]
 
     def _exchange(self) -> tuple[Connection, Wire, Head, int]:
         """Send the request, read the answer's head; once more if a kept connection was stale."""

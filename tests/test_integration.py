@@ -217,12 +217,12 @@ def test_models_are_listed_by_id(client: openai.OpenAI) -> None:
 
 def test_agents_with_different_flags_have_processes_of_their_own(daemon: Daemon) -> None:
     rows = []
-    for size in ("1024", "2048"):
-        status, headers, _ = daemon.chat("tiny", f"-c {size}", max_tokens=3)
+    for size in ("64", "128"):
+        status, headers, _ = daemon.chat("tiny", f"-b {size}", max_tokens=3)
         assert status == 200
         rows.append(sidecar(daemon, headers))
         args = rows[-1]["args"]
-        assert args[args.index("--ctx-size") + 1] == size
+        assert args[args.index("--batch-size") + 1] == size
         command = Path(f"/proc/{rows[-1]['pid']}/cmdline").read_text().split("\0")
         assert args == [arg for arg in command if arg][-len(args) :]
     assert rows[0]["hash"] != rows[1]["hash"]
