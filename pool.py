@@ -57,6 +57,7 @@ SLOT_COUNTERS: Final = (
 SLOTS_PAUSE_S: Final = 1.5  # asked more often, llama-server is slow to see that a client left
 TAIL_LINES: Final = 50
 LINE_BYTES: Final = 4096
+LOGGED_LINES_PER_S: Final = 500
 MAX_IDLE_CONNECTIONS: Final = 32
 IDLE_CONNECTION_S: Final = 4.0  # llama-server closes after 5
 REQUESTS_PER_CONNECTION: Final = 100  # then llama-server closes (cpp-httplib)
@@ -1096,14 +1097,43 @@ def _closed_error() -> PoolClosed:
 
 def _drain_output(sidecar: Sidecar, process: subprocess.Popen[bytes]) -> None:
     """Read the child's output for ever: a full pipe would hang it."""
+    logged = _LoggedLines(sidecar)
     for raw in winsvc.output_lines(process, LINE_BYTES):
         line = printable(raw.decode("utf-8", "replace").rstrip("\r"))
         sidecar.tail.append(line)
         sidecar.last_output = time.monotonic()
         sidecar.output_came.set()
-        level = logging.INFO if sidecar.state is State.STARTING else logging.DEBUG
-        log.log(level, "[%s] %s", sidecar.spec.hash, line)
+        logged.add(line)
+    logged.end_second()
     sidecar.output_ended.set()
+
+
+class _LoggedLines:
+    """A child's lines in the log, so many a second: a flood must not keep us from our work."""
+
+    def __init__(self, sidecar: Sidecar) -> None:
+        self._sidecar = sidecar
+        self._second = 0.0
+        self._count = 0
+
+    def add(self, line: str) -> None:
+        now = time.monotonic()
+        if now - self._second >= 1.0:
+            self.end_second()
+            self._second = now
+        self._count += 1
+        if self._count <= LOGGED_LINES_PER_S:
+            self._log(line)
+
+    def end_second(self) -> None:
+        left_out = self._count - LOGGED_LINES_PER_S
+        self._count = 0
+        if left_out > 0:
+            self._log(f"({left_out} more lines)")
+
+    def _log(self, line: str) -> None:
+        level = logging.INFO if self._sidecar.state is State.STARTING else logging.DEBUG
+        log.log(level, "[%s] %s", self._sidecar.spec.hash, line)
 
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import resource
@@ -259,6 +260,20 @@ def test_the_tail_of_a_childs_output_is_bounded(tmp_path: Path) -> None:
         tail = bench.use("m").tail
         wait_until(lambda: len(tail) == pool.TAIL_LINES, "many lines were read")
         assert tail.maxlen == pool.TAIL_LINES
+
+
+def test_a_flood_of_output_does_not_flood_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "pool")
+    with bench_in(tmp_path) as bench:
+        bench.spec("m", flood_bytes=8 * MEGABYTE)
+        loaded = bench.use("m")
+    assert loaded.load_s
+    told = [record.getMessage() for record in caplog.records if "flood" in record.getMessage()]
+    left_out = [record.getMessage() for record in caplog.records if "more lines)" in record.message]
+    assert pool.LOGGED_LINES_PER_S <= len(told) <= pool.LOGGED_LINES_PER_S * (loaded.load_s + 2)
+    assert left_out
 
 
 def test_a_line_without_end_is_read_in_pieces() -> None:
