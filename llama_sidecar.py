@@ -462,11 +462,17 @@ def read_config(variables: Mapping[str, str]) -> Config:
     return config
 
 
-def _is_loopback(host: str) -> bool:
+@functools.lru_cache(maxsize=64)
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    address = _ip_address(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
 def _table_of(server_bin: Path | None, faults: list[str]) -> FlagTable:
@@ -631,8 +637,15 @@ class Head:
     start: re.Match[bytes]
     fields: list[tuple[str, str]]
 
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, value in self.fields:
+            found.setdefault(name, []).append(value)
+        return found
+
     def all(self, name: str) -> list[str]:
-        return [value for field, value in self.fields if field == name]
+        return self._by_name.get(name, [])
 
     def get(self, name: str) -> str | None:
         """The value of a field that may stand once. Raises MalformedMessage for a second."""
@@ -988,9 +1001,8 @@ class Server(ThreadingHTTPServer):
         """Whether a Host or Origin names this daemon, against DNS rebinding."""
         if host in self.config.allowed_hosts or host == "localhost":
             return True
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
+        address = _ip_address(host)
+        if address is None:
             return host == self.config.bind[0].lower()
         return address.is_loopback or not _is_loopback(self.config.bind[0])
 
@@ -2099,6 +2111,9 @@ def set_up_logging(level: str, file: Path | None = None) -> None:
                 file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
             )
         )
+    # What no format of ours shows need not be looked up for each line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # the logging HOWTO, "Optimization": no search for the caller
     for handler in handlers:
         handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=LOG_LEVELS[level], handlers=handlers, force=True)

@@ -410,7 +410,7 @@ class Pool:
             actions = self._decide_locked()
         _run(actions)
         try:
-            if on_wait:
+            if on_wait and not ticket.is_settled:
                 on_wait(ticket)
             return self._wait(ticket, timeout_s)
         finally:

@@ -787,19 +787,17 @@ class JsonObject:
 
     def __init__(self, text: str) -> None:
         """Raises ValueError if the text is not one JSON object."""
+        try:
+            values = _JSON_DECODER.decode(text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(values, dict):
+            raise ValueError("it is another JSON value")  # noqa: TRY004 - one kind for all
         self.text = text
-        self.values: dict[str, object] = {}
-        self._spans: dict[str, tuple[int, int]] = {}
-        at = self._expect("{", 0)
-        if text[at : at + 1] == "}":
-            self._end = at
-        else:
-            self._end = self._read_members(at)
-        if self._gap(self._end + 1) != len(text):
-            raise ValueError("something follows the JSON object")
+        self.values: dict[str, object] = values
 
     def texts(self) -> dict[str, str]:
-        """Every member's value, as it stands."""
+        """Every member's value, as it stands. Raises ValueError where it is nested too deeply."""
         return {name: self.text_of(name) for name in self._spans}
 
     def text_of(self, name: str) -> str:
@@ -808,30 +806,32 @@ class JsonObject:
 
     def with_members(self, new: Mapping[str, str]) -> str:
         """The text with these members, values in JSON, in their old place if they had one."""
-        added = [f"{json.dumps(name)}:{text}" for name, text in new.items()]
-        replaced = [name for name in new if name in self._spans]
-        added = [each for name, each in zip(new, added, strict=True) if name not in self._spans]
-        gap = "," if self._spans and added else ""
-        pieces, end = [gap + ",".join(added) + self.text[self._end :]], self._end
-        for start, stop, name in sorted(((*self._spans[n], n) for n in replaced), reverse=True):
+        replaced = [name for name in new if name in self.values]
+        added = [f"{json.dumps(n)}:{text}" for n, text in new.items() if n not in self.values]
+        gap = "," if self.values and added else ""
+        end = self.text.rindex("}")
+        pieces = [gap + ",".join(added) + self.text[end:]]
+        spans = [(*self._spans[name], name) for name in replaced]
+        for start, stop, name in sorted(spans, reverse=True):
             pieces += [self.text[stop:end], new[name]]
             end = start
         pieces.append(self.text[:end])
         return "".join(reversed(pieces))
 
-    def _read_members(self, at: int) -> int:
-        while True:
-            if self.text[at : at + 1] != '"':
-                raise ValueError(f"a name in quotes is expected at character {at}")
+    @functools.cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """Where each member's value stands; worked out only where it must be known."""
+        spans: dict[str, tuple[int, int]] = {}
+        at = self._expect("{", 0)
+        while self.text[at : at + 1] == '"':
             name, at = self._value(at)
             start = self._expect(":", at)
-            value, at = self._value(start)
-            self.values[name] = value
-            self._spans[name] = (start, at)
-            at = self._gap(at)
-            if self.text[at : at + 1] == "}":
-                return at
-            at = self._expect(",", at)
+            _, end = self._value(start)
+            spans[name] = (start, end)
+            at = self._gap(end)
+            if self.text[at] == ",":
+                at = self._gap(at + 1)
+        return spans
 
     def _value(self, at: int) -> tuple[Any, int]:
         try:
