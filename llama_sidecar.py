@@ -349,6 +349,8 @@ def _program(text: str) -> Path:
     found = shutil.which(text)
     if found is None:
         raise _Faulty("is no program that can be run: takes the path of llama-server")
+    if sys.platform == "win32" and found.lower().endswith((".bat", ".cmd")):
+        raise _Faulty("is a batch file, which takes some arguments for commands: name the .exe")
     return Path(found).absolute()
 
 

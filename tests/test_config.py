@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -16,8 +14,16 @@ from typing import Any
 import pytest
 
 import llama_sidecar
+import winsvc
 from llama_sidecar import Config, ConfigError, LiveCatalog, Model, read_config
-from tests.daemon import FAKE_SERVER, ROOT, free_port_range, running_daemon, started_daemon
+from tests.daemon import (
+    FAKE_SERVER,
+    ROOT,
+    bare_environment,
+    free_port_range,
+    running_daemon,
+    started_daemon,
+)
 from validator import FlagsRefused
 
 CONTRACT = {
@@ -61,9 +67,9 @@ def run_daemon(variables: dict[str, str], *args: str) -> subprocess.CompletedPro
     """A run that is expected to end by itself."""
     return subprocess.run(
         [sys.executable, str(ROOT / "llama_sidecar.py"), *args],
-        env={"PATH": os.environ["PATH"]} | variables,
+        env=bare_environment() | variables,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=60,
         check=False,
     )
@@ -362,18 +368,23 @@ class Binary:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file = folder / "llama-server"
+        self.file = folder / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
         self._calls = folder / "calls"
 
     def becomes(self, help_text: str, exit_code: int = 0) -> None:
         text = self.folder / "help.txt"
         text.write_text(help_text)
         new = self.folder / "llama-server.new"
-        new.write_text(
-            f"#!/bin/sh\necho x >>{self._calls}\n"
-            f"cat {text}\nexit {exit_code} # {time.monotonic_ns()}\n"
+        script = (
+            f"import sys\nopen({str(self._calls)!r}, 'a').write('x ')\n"
+            f"print(open({str(text)!r}).read(), end='')\nsys.exit({exit_code})\n"
         )
-        new.chmod(0o755)
+        if sys.platform == "win32":  # the fake's program runs whatever script lies beside it
+            self.file.with_suffix(".py").write_text(script)
+            new.write_bytes(FAKE_SERVER.read_bytes() + str(time.monotonic_ns()).encode())
+        else:
+            new.write_text(f"#!{sys.executable}\n{script}# {time.monotonic_ns()}\n")
+            new.chmod(0o755)
         new.replace(self.file)
 
     @property
@@ -595,7 +606,9 @@ def test_check_says_what_every_model_comes_to(tmp_path: Path) -> None:
     ended = run_daemon(checkable(tmp_path), "check")
     assert (ended.returncode, ended.stderr) == (0, "")
     server, *rows = ended.stdout.splitlines()
-    assert re.fullmatch(rf"llama-server +{FAKE_SERVER} \(it knows [0-9]+ flags\)", server)
+    assert re.fullmatch(
+        rf"llama-server +{re.escape(str(FAKE_SERVER))} \(it knows [0-9]+ flags\)", server
+    )
     assert [row.split()[:2] for row in rows] == [["model", "a"], ["model", "b"]]
     assert all(re.search(r" [0-9a-f]{12} ", row) for row in rows)
     assert rows[1].endswith(f" {tmp_path / 'b.gguf'}")
@@ -661,7 +674,7 @@ def test_check_of_a_request_says_what_would_run_and_what_travels(tmp_path: Path)
     assert rows == {
         "model": "b",
         "hash": found["hash"],
-        "command": shlex.join(command),
+        "command": winsvc.quoted_command(command),
         "request": '{"temperature": 0.5}',
         "note": found["notes"][0],
     }

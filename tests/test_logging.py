@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import socket
 import subprocess
@@ -19,7 +18,9 @@ from tests.daemon import (
     FAKE_SERVER,
     ROOT,
     Daemon,
+    bare_environment,
     free_port_range,
+    own_console,
     running_daemon,
     wait_until,
 )
@@ -226,7 +227,7 @@ def quiet_daemon(folder: Path, level: str) -> Iterator[Daemon]:
     ports = free_port_range()
     first, last = (int(port) for port in ports.split("-"))
     settings = {
-        "PATH": os.environ["PATH"],
+        **bare_environment(),
         "LLAMA_SERVER_BIN": str(FAKE_SERVER),
         "MODEL_DIR_MAP_FILE": str(map_file),
         "LLAMA_SIDECAR_BIND": f"127.0.0.1:{first}",
@@ -240,7 +241,8 @@ def quiet_daemon(folder: Path, level: str) -> Iterator[Daemon]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        **own_console(),
     ) as process:
         daemon = Daemon(process, folder)
         daemon.port = first
