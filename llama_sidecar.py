@@ -31,6 +31,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 import winsvc
 from pool import (
@@ -577,6 +578,27 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
+def _model_path(text: str, folder: Path) -> Path:
+    """A path, whole or below the map's folder, or a file: URI (RFC 8089). Raises _Faulty."""
+    if not text[:5].lower() == "file:":
+        return folder / text
+    is_windows = sys.platform == "win32"
+    host, path = "", text[5:].replace("\\", "/") if is_windows else text[5:]
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+    try:
+        path = unquote(path, errors="strict")
+    except ValueError as exc:
+        raise _Faulty(f"{text!r}: what % stands for is not UTF-8") from exc
+    if is_windows and re.match(r"/[A-Za-z]:", path):
+        path = path[1:]
+    is_remote = host.lower() not in ("", "localhost")
+    if not path or (is_remote and not is_windows):
+        raise _Faulty(f"{text!r}: takes file:///PATH, a file of this machine")
+    return folder / (f"//{host}{path}" if is_remote else path)
+
+
 def _model(model_id: str, entry: object, folder: Path, validator: Validator) -> Model:
     fields = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
@@ -591,7 +613,7 @@ def _model(model_id: str, entry: object, folder: Path, validator: Validator) -> 
         raise _Faulty("pinned takes true or false")
     if not all(name and name == printable(name) for name in (model_id, *aliases)):
         raise _Faulty("a model's name cannot be empty or hold control characters")
-    path = folder / fields["path"]
+    path = _model_path(fields["path"], folder)
     if not path.is_file():
         log.warning("model %s: %s is no file, requests for it will be refused", model_id, path)
     layer = validator.model_args(args)

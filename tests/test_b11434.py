@@ -29,7 +29,7 @@ from tests.test_flags_integration import (
 from tests.test_integration import settings, sidecar
 from validator import FlagTable, probe_help
 
-pytestmark = pytest.mark.b11434
+pytestmark = pytest.mark.windows
 
 EXE = real_parts.REPO.parent / "shared" / "windows" / "llama-server.exe"
 WINE_FOLDERS = ("/usr/lib/wine", "/usr/bin", "/opt/wine-stable/bin")

@@ -500,6 +500,44 @@ def test_an_entry_is_a_path_or_an_object(tmp_path: Path) -> None:
     assert args[args.index("--ctx-size") + 1] == "8192"
 
 
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file:///C:/models/x.gguf", "C:/models/x.gguf"),
+        ("FILE:///c:/a%20b/m%C3%BCnchen.gguf", "c:/a b/münchen.gguf"),
+        ("file:/C:/models/x.gguf", "C:/models/x.gguf"),
+        ("file://localhost/C:/x.gguf", "C:/x.gguf"),
+        ("file:///C:\\models\\x.gguf", "C:/models/x.gguf"),
+        ("file://server/share/x.gguf", "//server/share/x.gguf"),
+        ("C:\\models\\x.gguf", "C:/models/x.gguf"),
+        ("sub\\x.gguf", "sub/x.gguf"),
+    ]
+    if sys.platform == "win32"
+    else [
+        ("file:///models/x.gguf", "/models/x.gguf"),
+        ("FILE:///a%20b/m%C3%BCnchen%23%3F.gguf", "/a b/münchen#?.gguf"),
+        ("file:/models/x.gguf", "/models/x.gguf"),
+        ("file://localhost/x.gguf", "/x.gguf"),
+        ("file:sub/x.gguf", "sub/x.gguf"),
+        ("sub%20/x.gguf", "sub%20/x.gguf"),
+    ],
+)
+def test_a_model_may_be_named_by_a_file_uri(tmp_path: Path, uri: str, path: str) -> None:
+    assert config_of(tmp_path, {"a": uri}).catalog.models["a"].path == tmp_path / path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there it names a share of that server")
+def test_a_file_of_another_machine_is_refused(tmp_path: Path) -> None:
+    (fault,) = faults_of(required(tmp_path, {"a": "file://server/x.gguf"}))
+    assert "a file of this machine" in fault
+
+
+@pytest.mark.parametrize("uri", ["file:", "file://", "file:///%FF"])
+def test_a_uri_that_names_no_file_is_refused(tmp_path: Path, uri: str) -> None:
+    (fault,) = faults_of(required(tmp_path, {"a": uri}))
+    assert repr(uri) in fault
+
+
 def test_relative_paths_are_relative_to_the_map_wherever_the_daemon_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
