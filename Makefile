@@ -15,7 +15,8 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration test-b11434 lint build bench bench-flags eval clean
+.PHONY: help run test test-unit test-integration test-windows lint build bench bench-flags \
+	bench-trace soak eval clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,16 +27,16 @@ run: $(READY) ## start the daemon with two small real models, and print curl lin
 	exec $(VENV_PYTHON) llama_sidecar.py
 
 test: $(READY) ## run every test that this machine can run
-	@$(PYTEST) -m "not b11434" $(ARGS)
+	@$(PYTEST) -m "not windows" $(ARGS)
 
 test-unit: $(READY) ## run the tests that need no real llama-server
-	@$(PYTEST) -m "not integration and not b11434" $(ARGS)
+	@$(PYTEST) -m "not integration and not windows" $(ARGS)
 
 test-integration: $(READY) ## run the tests with the real llama-server and real models
 	@$(PYTEST) -m integration $(ARGS)
 
-test-b11434: $(READY) ## run the tests with a Windows build of b11434 under Wine (LLAMA_SERVER_EXE)
-	@$(PYTEST) -m b11434 $(ARGS)
+test-windows: $(READY) ## run the tests with a Windows build of b11434 under Wine (LLAMA_SERVER_EXE)
+	@$(PYTEST) -m windows $(ARGS)
 
 lint: $(READY) ## check style, format and types, for Linux and for Windows
 	$(VENV_PYTHON) -m ruff check .
@@ -54,6 +55,12 @@ bench: $(READY) ## measure what the daemon adds to a request
 
 bench-flags: $(READY) ## measure what judging the flags of a request costs
 	@$(VENV_PYTHON) bench/validation.py $(ARGS)
+
+bench-trace: $(READY) ## count the loads of a recorded trace, with and without a step's time
+	@$(VENV_PYTHON) -m bench.trace_replay $(ARGS)
+
+soak: $(READY) ## let agents ask for 10 minutes while processes are killed
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m bench.soak $(ARGS)
 
 eval: ## measure the quality of answers (not written yet)
 	@echo "make eval: there is no evaluation program yet" >&2; exit 1

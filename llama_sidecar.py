@@ -76,6 +76,7 @@ RECEIVE_BYTES: Final = 64 * 1024
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
 HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
 BODY_SILENCE_S: Final = 30.0  # between two pieces of a body
+MIN_BODY_BYTES_PER_S: Final = 1024.0  # what a body must bring on average, after the first silence
 SEND_TIMEOUT_S: Final = 60.0  # a reader that takes nothing for so long has gone
 UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
 SERVICE_STOP_S: Final = 60.0
@@ -580,7 +581,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _model_path(text: str, folder: Path) -> Path:
     """A path, whole or below the map's folder, or a file: URI (RFC 8089). Raises _Faulty."""
-    if not text[:5].lower() == "file:":
+    if text[:5].lower() != "file:":
         return folder / text
     is_windows = sys.platform == "win32"
     host, path = "", text[5:].replace("\\", "/") if is_windows else text[5:]
@@ -1199,19 +1200,20 @@ class Handler(BaseHTTPRequestHandler):
         """Which process the request needs, and what goes to it. Raises RequestRefused."""
         catalog = self.server.catalog.current()
         name = self._header(request, "x-model-id")
+        model = _model_called(name, catalog.models) if name else None
         is_form = POST_ROUTES[request.path] is Body.FORM
-        parsed = None if name and is_form else _json_object(body)
-        model = _model_called(name or _model_in(parsed), catalog.models)
+        parsed = None if model and is_form else _json_object(body)
+        model = model or _model_called(_model_in(parsed), catalog.models)
         resolved = self._resolve(request, catalog.validator, model)
         is_exact = self._wants_exact(request)
         if parsed is None:
             return _Work(model, resolved.spec, is_exact, body)
         self.progress = self._wanted_progress(request, parsed)
-        is_made_whole = _is_made_whole(request.path, parsed)
-        added = resolved.defaults.fields_for(parsed) | (STREAMED if is_made_whole else {})
-        if added:
-            body = parsed.with_members(added).encode("utf-8")
-        return _Work(model, resolved.spec, is_exact, body, is_made_whole)
+        added = resolved.defaults.fields_for(parsed)
+        streaming = _stream_fields(request.path, parsed, added)
+        if added or streaming:
+            body = parsed.with_members(added | streaming).encode("utf-8")
+        return _Work(model, resolved.spec, is_exact, body, bool(streaming))
 
     def _wanted_progress(self, request: Request, body: JsonObject) -> _Progress | None:
         """For a streaming request that asks to be told what it waits for."""
@@ -1258,11 +1260,12 @@ class Handler(BaseHTTPRequestHandler):
             raise too_large
         if self.expects_continue and length:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        incoming = _Incoming(self.wire)
         if length != CHUNKED:
-            return self._read_exactly(length)
+            return self._read_exactly(incoming, length)
         decoder, pieces, size = ChunkedDecoder(), [], 0
         while not decoder.is_done:
-            piece = decoder.feed(self._receive())
+            piece = decoder.feed(incoming.receive())
             decoder.check()
             pieces.append(piece)
             size += len(piece)
@@ -1271,24 +1274,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wire.buffer = decoder.rest
         return b"".join(pieces)
 
-    def _read_exactly(self, length: int) -> bytes:
+    def _read_exactly(self, incoming: _Incoming, length: int) -> bytes:
         pieces, left = [], length
         while left > 0:
-            data = self._receive()
+            data = incoming.receive()
             pieces.append(data[:left])
             if len(data) > left:
                 self.wire.buffer = data[left:]
             left -= len(pieces[-1])
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _receive(self) -> bytes:
-        try:
-            data = self.wire.receive(BODY_SILENCE_S)
-        except TimeoutError:
-            raise MalformedMessage("the rest of the body did not come", 408) from None
-        if not data:
-            raise MalformedMessage("the connection ended within the body")
-        return data
 
     def _resolve(self, request: Request, validator: Validator, model: Model) -> Resolved:
         flags = self._header(request, "x-agent-flags")
@@ -1304,14 +1298,7 @@ class Handler(BaseHTTPRequestHandler):
             ) from exc
 
     def _agent_id(self, request: Request) -> str:
-        agent_id = self._header(request, "x-agent-id") or ""
-        if len(agent_id) > MAX_AGENT_ID_CHARS or not agent_id.isprintable():
-            raise RequestRefused(
-                *(400, "invalid_header"),
-                f"X-Agent-Id takes at most {MAX_AGENT_ID_CHARS} printable characters",
-                param="X-Agent-Id",
-            )
-        return agent_id
+        return _checked_agent_id(self._header(request, "x-agent-id") or "")
 
     def _wants_exact(self, request: Request) -> bool:
         wish = self._header(request, "x-sidecar-exact") or "0"
@@ -1413,6 +1400,28 @@ class Handler(BaseHTTPRequestHandler):
                 seen += len(data)
 
 
+class _Incoming:
+    """A request body on its way, which must neither pause nor trickle."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._begun = time.monotonic()
+        self._bytes = 0
+
+    def receive(self) -> bytes:
+        """The next piece. Raises MalformedMessage, OSError."""
+        late = self._begun + BODY_SILENCE_S + self._bytes / MIN_BODY_BYTES_PER_S
+        left_s = max(0.001, late - time.monotonic())
+        try:
+            data = self._wire.receive(min(BODY_SILENCE_S, left_s))
+        except TimeoutError:
+            raise MalformedMessage("the rest of the body did not come in time", 408) from None
+        if not data:
+            raise MalformedMessage("the connection ended within the body")
+        self._bytes += len(data)
+        return data
+
+
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """What one request comes to."""
@@ -1422,6 +1431,17 @@ class _Work:
     is_exact: bool  # no process but one of exactly this spec will do
     body: bytes  # for the child
     is_made_whole: bool = False  # the child streams to us, and the client gets one answer
+
+
+def _checked_agent_id(agent_id: str) -> str:
+    """Raises RequestRefused."""
+    if len(agent_id) > MAX_AGENT_ID_CHARS or not agent_id.isprintable():
+        raise RequestRefused(
+            *(400, "invalid_header"),
+            f"X-Agent-Id takes at most {MAX_AGENT_ID_CHARS} printable characters",
+            param="X-Agent-Id",
+        )
+    return agent_id
 
 
 HEADER_FAULTS: Final = {"x-agent-flags": "invalid_flags", "x-model-id": "missing_model"}
@@ -1437,16 +1457,30 @@ def _json_object(body: bytes) -> JsonObject:
 
 # What a request is given so that the child streams to us: only then does llama-server
 # notice at once that nobody wants the answer any more (server-queue.cpp, recv_with_timeout).
-STREAMED: Final = {"stream": "true", "stream_options": '{"include_usage":true}'}
+STREAMED: Final = {"stream": "true"}
+STREAMED_WITH_USAGE: Final = STREAMED | {"stream_options": '{"include_usage":true}'}
+
+# With one of these a stream says less than the whole answer does: probabilities of tokens
+# that show in no text; text held back because a stop word may have begun with it.
+NOT_IN_STREAMS: Final = frozenset(
+    "logprobs n_probs n_cmpl stop stop_sequences top_logprobs verbose".split()
+)
 
 
-def _is_made_whole(path: str, body: JsonObject) -> bool:
-    """Whether the answer, wanted in one piece, can be put together from a stream."""
+def _stream_fields(path: str, body: JsonObject, added: Mapping[str, str]) -> dict[str, str]:
+    """What makes the child stream an answer that is wanted in one piece.
+
+    Empty if it could not be put together again exactly. `added` are the fields
+    that the request gets besides its own.
+    """
     values = body.values
-    wants_one = not values.get("stream") and values.get("n") in (None, 1) and "n_cmpl" not in values
-    if path == "/v1/completions":
-        return wants_one and isinstance(values.get("prompt"), str)
-    return wants_one and path == "/v1/chat/completions"
+    is_one = not values.get("stream") and values.get("n") in (None, 1)
+    told = {name for name, value in values.items() if value not in (None, False, 0, "", [])}
+    if path not in WHOLE_ANSWERS or not is_one or NOT_IN_STREAMS & (told | set(added)):
+        return {}
+    if path == "/v1/completions" and not isinstance(values.get("prompt"), str):
+        return {}
+    return STREAMED_WITH_USAGE if path.endswith("/completions") else STREAMED
 
 
 def _model_in(body: JsonObject | None) -> str:
@@ -1515,9 +1549,15 @@ def _watching(
 ) -> Iterator[None]:
     """While the block runs, call `when_gone` as soon as the client closes its connection.
 
-    `tell` is called every COMMENT_PAUSE_S, and may raise ClientGone.
+    `tell` is called every COMMENT_PAUSE_S, and may raise ClientGone. Raises
+    RequestRefused where there is no descriptor left to do so.
     """
-    ours, theirs = socket.socketpair()
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as exc:
+        refused = RequestRefused(503, "too_many_connections", f"too many open connections: {exc}")
+        refused.retry_after_s = 1.0
+        raise refused from exc
     pause_s = COMMENT_PAUSE_S if tell else None
 
     def watch() -> None:
@@ -1621,7 +1661,7 @@ class _Relay:
         connection, wire, head, length = self._exchange()
         is_reusable = False
         try:
-            is_stream = (head.get("content-type") or "").startswith("text/event-stream")
+            is_stream = any(v.startswith("text/event-stream") for v in head.all("content-type"))
             if self._is_made_whole and is_stream:
                 is_reusable = self._answer_whole(wire, head, length)
             elif self._has_begun() and not (is_stream and int(head.start[2]) == 200):
@@ -1751,7 +1791,7 @@ class _Relay:
 
     def _answer_whole(self, wire: Wire, head: Head, length: int) -> bool:
         """Put the child's stream together and pass it on as one answer."""
-        whole = WholeAnswer(self._request.path == "/v1/chat/completions")
+        whole = WHOLE_ANSWERS[self._request.path]()
         try:
             for piece in _body_pieces(wire, length):
                 self._note(piece)
@@ -1826,20 +1866,14 @@ STREAM_FIELDS: Final = frozenset({"content-type", "cache-control", "x-accel-buff
 
 
 class WholeAnswer:
-    """Puts a completion together from llama-server's event stream.
+    """Puts an answer together from llama-server's event stream.
 
     What comes out has the shape that the same request has without `stream`
-    (tools/server/server-task.cpp, to_json_oaicompat and to_json_oaicompat_chat).
+    (tools/server/server-task.cpp, the pairs to_json_... and to_json_..._stream).
     """
 
-    def __init__(self, is_chat: bool) -> None:
-        self._is_chat = is_chat
+    def __init__(self) -> None:
         self._buffer = b""
-        self._top: dict[str, Any] = {}
-        self._choice: dict[str, Any] = {"finish_reason": None, "index": 0}
-        self._texts: dict[str, list[str]] = {}
-        self._tool_calls: dict[int, dict[str, Any]] = {}
-        self._logprobs: list[Any] = []
         self._error: dict[str, Any] | None = None
         self.is_complete = False
 
@@ -1847,66 +1881,183 @@ class WholeAnswer:
         """Take more of the stream. Raises MalformedMessage."""
         *events, self._buffer = (self._buffer + data).split(b"\n\n")
         for event in events:
-            name, _, value = event.partition(b": ")
-            if name == b"data":
-                self._take(value)
+            fields = dict(line.partition(b": ")[::2] for line in event.split(b"\n"))
+            if b"data" in fields:
+                self._read(fields.get(b"event", b""), fields[b"data"])
 
     def answer(self) -> tuple[int, dict[str, Any]]:
         """The status and the JSON answer."""
-        if self._error is not None:
-            code = self._error.get("code")
-            is_status = isinstance(code, int) and 400 <= code <= 599
-            return code if is_status and code else 500, {"error": self._error}
-        texts = {name: "".join(pieces) for name, pieces in self._texts.items()}
-        choice = self._choice | (self._message(texts) if self._is_chat else {"text": ""} | texts)
-        if self._logprobs:
-            choice["logprobs"] = {"content": self._logprobs}
-        kind = "chat.completion" if self._is_chat else "text_completion"
-        return 200, {"choices": [choice]} | self._top | {"object": kind}
+        if self._error is None:
+            return 200, self._value()
+        code = self._error.get("code")
+        is_status = isinstance(code, int) and 400 <= code <= 599
+        return code if is_status and code else 500, {"error": self._error}
 
-    def _message(self, texts: dict[str, str]) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": ""} | texts
-        if self._tool_calls:
-            message["tool_calls"] = [self._tool_calls[n] for n in sorted(self._tool_calls)]
-        return {"message": message}
-
-    def _take(self, value: bytes) -> None:
-        if value.strip() == b"[DONE]":
+    def _read(self, name: bytes, data: bytes) -> None:
+        if data.strip() == b"[DONE]":
             self.is_complete = True
             return
         try:
-            event = json.loads(value)
-            if "error" in event:
-                self._error, self.is_complete = dict(event["error"]), True
-                return
-            for choice in event.pop("choices", ()):
-                self._take_choice(choice)
-            self._top |= {name: value for name, value in event.items() if value is not None}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+            event = dict(json.loads(data))
+            if name == b"error" or "error" in event:
+                self._error, self.is_complete = dict(event.get("error", event)), True
+            else:
+                self._take(event)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
             raise MalformedMessage(f"an event that makes no sense: {exc}") from exc
 
+    def _take(self, event: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _value(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class WholeCompletion(WholeAnswer):
+    """/v1/completions."""
+
+    kind = "text_completion"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._top: dict[str, Any] = {}
+        self._choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+        self._texts: dict[str, list[str]] = {}
+
+    def _take(self, event: dict[str, Any]) -> None:
+        for choice in event.pop("choices", ()):
+            self._take_choice(choice)
+        event.pop("prompt_progress", None)  # of streams alone
+        self._top |= {name: value for name, value in event.items() if value is not None}
+
     def _take_choice(self, choice: dict[str, Any]) -> None:
-        delta = choice.pop("delta", {}) if self._is_chat else {"text": choice.pop("text", "")}
-        logprobs = choice.pop("logprobs", None)
-        self._logprobs += (logprobs or {}).get("content") or []
-        if not self._is_chat:
-            self._choice["logprobs"] = None
-        self._choice |= {name: value for name, value in choice.items() if value is not None}
+        self._add_texts({"text": choice.pop("text", "")})
+        self._choice |= {"logprobs": None} | _not_null(choice)
+
+    def _add_texts(self, pieces: dict[str, Any]) -> None:
+        for name, piece in _not_null(pieces).items():
+            if not isinstance(piece, str):
+                raise TypeError(f"{name} is no text")
+            self._texts.setdefault(name, []).append(piece)
+
+    def _joined(self) -> dict[str, Any]:
+        return {name: "".join(pieces) for name, pieces in self._texts.items()}
+
+    def _value(self) -> dict[str, Any]:
+        choice = self._choice | {"text": ""} | self._joined()
+        return {"choices": [choice]} | self._top | {"object": self.kind}
+
+
+class WholeChat(WholeCompletion):
+    """/v1/chat/completions."""
+
+    kind = "chat.completion"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tool_calls: dict[int, dict[str, Any]] = {}
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        delta = choice.pop("delta", {})
         for call in delta.pop("tool_calls", None) or ():
             self._take_tool_call(call)
         delta.pop("role", None)
-        for name, text in delta.items():
-            if text is not None:
-                self._texts.setdefault(name, []).append(text)
+        self._add_texts(delta)
+        self._choice |= _not_null(choice)
 
     def _take_tool_call(self, call: dict[str, Any]) -> None:
-        known = self._tool_calls.setdefault(
-            call.pop("index"), {"type": "function", "function": {"name": "", "arguments": ""}}
-        )
         function = call.pop("function", {})
+        known = self._tool_calls.setdefault(
+            int(call.pop("index")), {"type": "function", "function": {"name": "", "arguments": ""}}
+        )
         known["function"]["name"] += function.get("name") or ""
         known["function"]["arguments"] += function.get("arguments") or ""
         known |= call
+
+    def _value(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": ""} | self._joined()
+        if self._tool_calls:
+            message["tool_calls"] = [self._tool_calls[n] for n in sorted(self._tool_calls)]
+        choice = self._choice | {"message": message}
+        return {"choices": [choice]} | self._top | {"object": self.kind}
+
+
+class WholeMessage(WholeAnswer):
+    """/v1/messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._message: dict[str, Any] = {}
+        self._blocks: dict[int, dict[str, Any]] = {}
+        self._pieces: dict[tuple[int, str], list[str]] = {}
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event["type"]:
+            case "message_start":
+                self._message = dict(event["message"])
+            case "content_block_start":
+                self._blocks[int(event["index"])] = dict(event["content_block"])
+            case "content_block_delta":
+                self._take_delta(int(event["index"]), event["delta"])
+            case "message_delta":
+                self._message |= event["delta"]
+                self._message["usage"] = self._message["usage"] | event["usage"]
+            case "message_stop":
+                self._join()
+                self.is_complete = True
+
+    def _take_delta(self, index: int, delta: dict[str, Any]) -> None:
+        del delta["type"]
+        for name, piece in delta.items():
+            self._pieces.setdefault((index, name), []).append(piece)
+
+    def _join(self) -> None:
+        for (index, name), pieces in self._pieces.items():
+            self._blocks[index][name] = "".join(pieces)
+        for block in self._blocks.values():
+            if block["type"] == "tool_use":
+                block["input"] = _json_or_empty(block.pop("partial_json", ""))
+
+    def _value(self) -> dict[str, Any]:
+        return self._message | {"content": [self._blocks[n] for n in sorted(self._blocks)]}
+
+
+class WholeResponse(WholeAnswer):
+    """/v1/responses: the last event of its stream holds it all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._response: dict[str, Any] = {}
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["type"] == "response.completed":
+            found = event["response"]
+            output = [item | {"status": "completed"} for item in found["output"]]
+            self._response = found | {"completed_at": found["created_at"], "output": output}
+            self.is_complete = True
+
+    def _value(self) -> dict[str, Any]:
+        return self._response
+
+
+def _not_null(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _json_or_empty(text: str) -> object:
+    """As llama-server reads a tool call's arguments."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
+WHOLE_ANSWERS: Final[Mapping[str, Callable[[], WholeAnswer]]] = {
+    "/v1/chat/completions": WholeChat,
+    "/v1/completions": WholeCompletion,
+    "/v1/messages": WholeMessage,
+    "/v1/responses": WholeResponse,
+}
 
 
 @functools.lru_cache(maxsize=256)
@@ -2081,7 +2232,7 @@ def check_one(config: Config, options: argparse.Namespace) -> int:
         resolved = catalog.validator.resolve(
             *(model.id, model.path, model.args, options.flags),
             body=POST_ROUTES[options.endpoint],
-            owner=options.agent_id if config.isolates_agents else "",
+            owner=_checked_agent_id(options.agent_id) if config.isolates_agents else "",
         )
     except RequestRefused as exc:
         return _print_checked({"refused": [exc.message]}, options.json)

@@ -10,8 +10,10 @@ import collections
 import dataclasses
 import datetime
 import enum
+import errno
 import http.client
 import itertools
+import json
 import logging
 import math
 import re
@@ -45,6 +47,13 @@ MAX_HISTORIES: Final = 1024
 LOADS_REMEMBERED: Final = 5
 LOAD_GUESS_S: Final = 5.0  # where none is remembered
 MAX_SLOTS_BYTES: Final = 1 << 20
+SLOT_COUNTERS: Final = (
+    "id_task",
+    "n_prompt_tokens",
+    "n_prompt_tokens_processed",
+    "n_prompt_tokens_cache",
+    "next_token",
+)
 SLOTS_PAUSE_S: Final = 1.5  # asked more often, llama-server is slow to see that a client left
 TAIL_LINES: Final = 50
 LINE_BYTES: Final = 4096
@@ -52,6 +61,8 @@ MAX_IDLE_CONNECTIONS: Final = 32
 IDLE_CONNECTION_S: Final = 4.0  # llama-server closes after 5
 REQUESTS_PER_CONNECTION: Final = 100  # then llama-server closes (cpp-httplib)
 CONNECT_TIMEOUT_S: Final = 5.0
+NOT_ASKED: Final = 0  # in place of a status
+OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 class SidecarError(Exception):
@@ -236,7 +247,7 @@ class Sidecar:
         self.spawning = threading.Lock()  # held while a process is being made: none slips away
         self.last_output = self.started
         self.last_progress = self.started  # when an answer, or a slot's counters, moved last
-        self.slots = b""  # what GET /slots said last
+        self.slots = ""  # the counters of GET /slots when last asked
         self.has_lost_port = False
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         # --- guarded by Pool._changed
@@ -521,11 +532,20 @@ class Pool:
 
     def _decide_locked(self) -> list[Action]:
         """Serve those who wait, in order of arrival, as far as it can be done now."""
+        self._end_drains_locked()
+        actions = self._serve_locked()
+        if self._end_drains_locked():
+            actions += self._serve_locked()  # who waited for a drained one goes on with it
+        self._waiting = [t for t in self._waiting if not t.is_settled]
+        self._changed.notify_all()
+        return actions
+
+    def _serve_locked(self) -> list[Action]:
+        """Give each in turn a lease, a start, or a victim whose place it will get."""
         actions: list[Action] = []
         coming = sum(s.state is State.STOPPING for s in self._sidecars.values())
         planned: set[str] = set()
         may_take_place = True
-        self._end_drains_locked()
         for ticket in list(self._waiting):
             if ticket.is_settled:
                 continue
@@ -552,8 +572,6 @@ class Pool:
                 else:
                     may_take_place = False
                     self._drain_for_locked(ticket)
-        self._waiting = [t for t in self._waiting if not t.is_settled]
-        self._changed.notify_all()
         return actions
 
     def _serving_locked(self, ticket: Ticket) -> Sidecar | None:
@@ -574,11 +592,22 @@ class Pool:
             larger, key=lambda s: (not s.takes_work, s.is_draining, s.spec.context), default=own
         )
 
-    def _end_drains_locked(self) -> None:
-        """Let drained sidecars take work again once nobody needs room any more."""
-        if all(t.is_settled or self._serving_locked(t) for t in self._waiting):
-            for sidecar in self._sidecars.values():
-                sidecar.is_draining = False
+    def _end_drains_locked(self) -> bool:
+        """Let drained sidecars take work again once nobody who waited too long needs room.
+
+        Whether there were any.
+        """
+        draining = [s for s in self._sidecars.values() if s.is_draining]
+        if not draining or any(self._is_overdue_locked(ticket) for ticket in self._waiting):
+            return False
+        for sidecar in draining:
+            sidecar.is_draining = False
+        return True
+
+    def _is_overdue_locked(self, ticket: Ticket) -> bool:
+        """Whether it has waited its fair time, and no sidecar is there for it yet."""
+        has_waited = time.monotonic() - ticket.arrived >= self.config.fair_wait_s
+        return has_waited and not ticket.is_settled and not self._serving_locked(ticket)
 
     def _has_room_locked(self) -> bool:
         return len(self._sidecars) + self._held_places < self.config.max_sidecars
@@ -681,15 +710,25 @@ class Pool:
         deadline = ticket.arrived + timeout_s
         while True:
             with self._changed:
-                now = time.monotonic()
-                until = min(deadline, self._next_chance_locked(ticket, now))
-                self._changed.wait_for(lambda: ticket.is_settled, max(0.0, until - now))
+                self._wait_for_chance_locked(ticket, deadline)
                 if not ticket.is_settled and time.monotonic() >= deadline:
                     ticket.error = self._too_long_locked(ticket, timeout_s)
                 if ticket.is_settled:
                     return self._settled_locked(ticket)
                 actions = self._decide_locked()
             _run(actions)
+
+    def _wait_for_chance_locked(self, ticket: Ticket, deadline: float) -> None:
+        """Return once the ticket is settled, or time alone may have changed what can be decided.
+
+        When that will be can change meanwhile: a release may begin a step's time.
+        """
+        now = time.monotonic()
+        until = min(deadline, self._next_chance_locked(ticket, now))
+        self._changed.wait_for(
+            lambda: ticket.is_settled or self._next_chance_locked(ticket, now) < until,
+            max(0.0, until - now),
+        )
 
     def _next_chance_locked(self, ticket: Ticket, now: float) -> float:
         """When time alone may change what can be decided for the ticket."""
@@ -789,13 +828,11 @@ class Pool:
         """Free the place that was kept; the evicted one gets it back if it was of no use."""
         with self._changed:
             self._held_places -= 1
-            actions: list[Action] = []
+            actions = [] if self.is_closed else self._decide_locked()
             if to_restart and not self.is_closed and self._has_room_locked():
                 spec = to_restart.spec
                 if spec.hash not in self._sidecars:
                     actions += self._start_locked(spec, "started", to_restart.is_pinned)
-            if not self.is_closed:
-                actions += self._decide_locked()
         _run(actions)
 
     def _spawn(self, sidecar: Sidecar) -> bool:
@@ -998,11 +1035,15 @@ class Pool:
                     self._restart(sidecar, reason)
 
     def _what_ails(self, sidecar: Sidecar) -> str:
-        """Why it must be restarted; empty while it is well, or only slow."""
+        """Why it must be restarted; empty while it is well, or only slow.
+
+        An idle one is asked for its slots: /health is answered by another thread,
+        and says ok while the one that computes is stuck for good.
+        """
         if sidecar.in_flight:
             sidecar.missed_probes = 0
             return self._why_stuck(sidecar)
-        is_silent = _health(sidecar.upstream) is None
+        is_silent = _get(sidecar.upstream, "/slots", sidecar.upstream.api_key) is None
         sidecar.missed_probes = sidecar.missed_probes + 1 if is_silent else 0
         return "it does not answer" if sidecar.missed_probes >= MAX_MISSED_PROBES else ""
 
@@ -1128,14 +1169,23 @@ def _health(upstream: Upstream) -> int | None:
     return _get(upstream, "/health", None)
 
 
-def _slots(upstream: Upstream) -> bytes:
+def _slots(upstream: Upstream) -> str:
     """What its slots have done so far, as text that changes when they move; empty: no answer."""
     status, body = _exchange(upstream, "/slots", upstream.api_key)
-    return body if status == 200 else b""
+    if status != 200:
+        return ""
+    try:
+        rows = [[slot.get(name) for name in SLOT_COUNTERS] for slot in json.loads(body)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return ""
+    return json.dumps(rows)
 
 
 def _get(upstream: Upstream, path: str, key: str | None) -> int | None:
-    """The status of a GET, None if there is no answer within PROBE_TIMEOUT_S."""
+    """The status of a GET, None if there is no answer within PROBE_TIMEOUT_S.
+
+    NOT_ASKED if it is the daemon that could not ask, which is no fault of the child.
+    """
     return _exchange(upstream, path, key)[0]
 
 
@@ -1145,8 +1195,8 @@ def _exchange(upstream: Upstream, path: str, key: str | None) -> tuple[int | Non
         connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
         return response.status, response.read(MAX_SLOTS_BYTES)
-    except (OSError, http.client.HTTPException):
-        return None, b""
+    except (OSError, http.client.HTTPException) as exc:
+        return NOT_ASKED if getattr(exc, "errno", 0) in OUT_OF_DESCRIPTORS else None, b""
     finally:
         connection.close()
 

@@ -93,6 +93,7 @@ class Roster:
 
     def close(self) -> None:
         with self._lock, contextlib.suppress(OSError):
+            self._children.clear()  # a late `remove` writes no file again
             self._file.unlink(missing_ok=True)
 
     def _write(self) -> None:
@@ -121,7 +122,7 @@ def end_orphans(folder: Path) -> list[str]:
             for child in children:
                 if end_process(int(child["pid"]), str(child["stamp"])):
                     ended.append("pid={pid} port={port} hash={hash}".format_map(child))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             pass  # half a file, or none of ours: nothing can be said of its processes
         with contextlib.suppress(OSError):
             file.unlink()

@@ -1,8 +1,11 @@
 """What holds for every test of the project."""
 
 import os
+import sys
 
 import pytest
+
+from tests.not_on_windows import REASONS
 
 
 class SkipsFailTheRun:
@@ -35,6 +38,15 @@ class SkipsFailTheRun:
             terminalreporter.write_line(
                 f"CI=true: skipped, so the run fails: {nodeid}", red=True, bold=True
             )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if sys.platform == "win32":
+        for item in items:
+            name = item.nodeid.rpartition("/")[2]
+            for left_out, reason in REASONS.items():
+                if name == left_out or name.startswith((f"{left_out}[", f"{left_out}::")):
+                    item.add_marker(pytest.mark.skip(reason=f"not on Windows: {reason}"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,17 +125,19 @@ class Daemon:
         """Let a fake that waits at load_gate, answer_gate, stream_gate or health_gate go on."""
         (self.folder / f"{model}.json.{gate}").touch()
 
-    def ask_to_stop(self) -> None:
-        """What a supervisor sends to end a program in order: SIGTERM, or Ctrl-C on Windows."""
-        if sys.platform == "win32":
+    def send_signal(self, signum: int = signal.SIGTERM) -> None:
+        """SIGKILL, SIGTERM or SIGINT; the soft ones are Ctrl-C on Windows."""
+        if signum == SIGKILL:
+            self.process.kill()
+        elif sys.platform == "win32":
             command = [sys.executable, "-c", PRESS_CTRL_C, str(self.process.pid)]
             subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, check=True)
         else:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(signum)
 
-    def stop(self, timeout_s: float = 30.0) -> int:
-        """Ask it to stop and return the exit code."""
-        self.ask_to_stop()
+    def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+        """Send a signal and return the exit code."""
+        self.send_signal(signum)
         return self.process.wait(timeout_s)
 
     def _read_log(self) -> None:
@@ -146,12 +148,17 @@ class Daemon:
 
 @contextlib.contextmanager
 def running_daemon(
-    folder: Path, models: Mapping[str, Mapping[str, object]], **env: str
+    folder: Path,
+    models: Mapping[str, Mapping[str, object]],
+    *,
+    wrapper: Sequence[str] = (),
+    **env: str,
 ) -> Iterator[Daemon]:
     """A daemon over fake llama-servers, ended in any case.
 
     `models` maps model ids to the switches of tests/fake_llama_server.py; `env`
-    adds variables. Ports: the daemon's own is chosen by the system.
+    adds variables, and `wrapper` is the command that becomes the daemon in the
+    end. Ports: the daemon's own is chosen by the system.
     """
     for name, switches in models.items():
         (folder / f"{name}.json").write_text(json.dumps(switches))
@@ -164,17 +171,19 @@ def running_daemon(
         "PORT_RANGE": free_port_range(),
         "BASE_ARGS": "[]",
     }
-    with started_daemon(settings | env, folder) as daemon:
+    with started_daemon(settings | env, folder, wrapper) as daemon:
         yield daemon
 
 
 @contextlib.contextmanager
-def started_daemon(settings: Mapping[str, str], folder: Path) -> Iterator[Daemon]:
+def started_daemon(
+    settings: Mapping[str, str], folder: Path, wrapper: Sequence[str] = ()
+) -> Iterator[Daemon]:
     """A daemon with exactly these settings beside PATH and HOME; waits until it listens."""
     environment = bare_environment()
     environment["LLAMA_SIDECAR_STATE_DIR"] = str(folder / "state")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "llama_sidecar.py")],
+        [*wrapper, sys.executable, str(ROOT / "llama_sidecar.py")],
         env=environment | dict(settings),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -18,9 +18,10 @@ FILE.events: each "request", then "done" (answered as it should be), "cut" (brok
 off by a switch) or "disconnect" (the client left first: phase and chunks say
 when); "signal" and "exit".
 
-Every JSON answer, and the first chunk of every stream, has an "echo" object that
-says who answered what: pid, port, model, argv, and the request's id, connection,
-method, target, headers, body_bytes and body_sha256. Text counts: " one two three".
+Every JSON answer but that of /slots, and the first chunk of every stream, has an
+"echo" object that says who answered what: pid, port, model, argv, and the request's
+id, connection, method, target, headers, body_bytes and body_sha256. Text counts:
+" one two three".
 
 Keys for the start; SECONDS are numbers, N whole numbers, true any true value:
 
@@ -38,6 +39,8 @@ Keys for the start; SECONDS are numbers, N whole numbers, true any true value:
     exit_after_seconds      SECONDS after it is ready, it ends with die_code
     sigterm_waits_for_open_requests    true: as the real one does
     flood_bytes             N bytes of lines, half to stdout, half to stderr, before it listens
+    flood_bytes_when_ready  N bytes more once it is ready
+    flood_bytes_when_told   N bytes more once it is told to stop
     binary_output           true: control characters, escapes and invalid UTF-8 without newline
     slow_accept             SECONDS before each connection is accepted
     no_events               true: writes no FILE.events (for measurements)
@@ -48,8 +51,9 @@ Keys for who it is and how it answers probes (every GET):
     other_key               true: wants another key than LLAMA_API_KEY
     health_status           N: answers probes with this status, also while it loads
     health_hangs            true: never answers probes
-    health_after            N: does either only after N good probes
-    health_gate             true: does either only once FILE.health_gate exists
+    health_half_header      true: closes in the middle of a probe's answer
+    health_after            N: does any of these only after N good probes
+    health_gate             true: does any of these only once FILE.health_gate exists
 
 Keys for connections:
 
@@ -66,6 +70,10 @@ Keys for the answer to a POST:
     chunk_bytes             N: every chunk of a stream is padded to at least so many bytes *
     chunk_split             N: no HTTP chunk is longer, wherever that cuts an event *
     words                   LIST of words to count with *
+    reasoning               text: thought before the answer, word by word in a stream *
+    tool_calls              LIST of [name, arguments]: the answer ends in these calls *
+    compact                 true: JSON without blanks, as llama-server writes it *
+    slots_move              true: the counters of GET /slots move each time they are asked for
     stream_gate             N: after N chunks silence until FILE.stream_gate exists *
     answer_status           N: this status, with answer_body *
     answer_body             text sent as it is, or any other JSON value *
@@ -83,6 +91,7 @@ Keys for the answer to a POST:
     half_header             "close" or "hang" in the middle of the answer's head *
     garbage_answer          true: bytes that are not HTTP *
     flood_bytes_per_request N bytes of output lines before the answer *
+    flood_bytes_per_chunk   N bytes of output lines before each chunk *
     exit_after_requests     N: exits 0 when the Nth answer is out
 """
 
@@ -90,6 +99,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -133,6 +143,7 @@ LOADING = {"message": "Loading model", "type": "unavailable_error", "code": 503}
 BAD_KEY = {"message": "Invalid API Key", "type": "authentication_error", "code": 401}
 NOT_FOUND = {"message": "File Not Found", "type": "not_found_error", "code": 404}
 
+HALF_HEADER = b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Ty"
 JSON_TYPE = "application/json; charset=utf-8"
 BINARY_OUTPUT = b"\x1b[31mred\x1b]0;title\x07\x00\x08\x7f\x9b2J \xff\xfe\xc3( \r over \x1b[0m..."
 
@@ -376,6 +387,7 @@ class Server:
         self._changed = threading.Condition(threading.Lock())
         self._open_requests = 0
         self._answered = 0
+        self._words = 0
         self._probes = 0
         self._last_id = 0
 
@@ -434,6 +446,14 @@ class Server:
             is_last = self._answered == self.switches.count("exit_after_requests")
         if is_last:
             self.leave(0)
+
+    def count_word(self) -> None:
+        with self._changed:
+            self._words += 1
+
+    def words(self) -> int:
+        with self._changed:
+            return self._words
 
     def open_requests(self) -> int:
         with self._changed:
@@ -529,6 +549,9 @@ class Exchange:
     def _answer_badly(self) -> bool:
         if self.switches.has("health_hangs"):
             self._hang("probe")
+        if self.switches.has("health_half_header"):
+            self.peer.send(HALF_HEADER)
+            raise Cut
         status = self.switches.count("health_status")
         if status > 0:
             self._send_json(status, {"status": "ok" if status == 200 else "error"})
@@ -554,11 +577,12 @@ class Exchange:
         }
 
     def _slots(self) -> list[dict[str, object]]:
-        busy = self.server.open_requests() - 1
-        return [
-            {"id": slot, "n_ctx": 4096, "is_processing": slot < busy, "echo": self.echo()}
-            for slot in range(SLOTS)
-        ]
+        """What has happened so far; the same again as long as nothing moves."""
+        busy, words = self.server.open_requests() - 1, self.server.words()
+        moved = self.id if self.switches.has("slots_move") else 0
+        counters = {"id_task": 0, "n_prompt_tokens": 4096, "n_prompt_tokens_processed": moved}
+        about = {"n_ctx": 4096, **counters, "next_token": [{"n_decoded": words}]}
+        return [{"id": slot, "is_processing": slot < busy, **about} for slot in range(SLOTS)]
 
     def _models(self) -> dict[str, object]:
         model = {"id": self.server.model, "object": "model", "owned_by": "llamacpp"}
@@ -579,7 +603,7 @@ class Exchange:
 
     def _complete(self, body: dict[str, object]) -> None:
         self.closes = self.closes or self._is_close_delimited()
-        completion = Completion(self, body)
+        completion = COMPLETIONS.get(self.request.path, Completion)(self, body)
         if self.switches.has("answer_status"):
             self._send_canned()
         elif body.get("stream") is True:
@@ -605,7 +629,7 @@ class Exchange:
             self.peer.send(b"\x16\x03\x01 this is not HTTP\n\n" * 4)
             raise Cut
         if self.switches.has("half_header"):
-            self.peer.send(b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Ty")
+            self.peer.send(HALF_HEADER)
             if self.switches.values["half_header"] == "hang":
                 self._hang("head")
             raise Cut
@@ -644,7 +668,7 @@ class Exchange:
     def _send_json(self, status: int, payload: dict[str, object] | list[dict[str, object]]) -> None:
         if isinstance(payload, dict):
             payload = {**payload, "echo": self.echo()}
-        self._send_body(status, JSON_TYPE, json.dumps(payload).encode())
+        self._send_body(status, JSON_TYPE, as_json(payload, self.switches).encode())
 
     def _send_canned(self) -> None:
         body = self.switches.values.get("answer_body", "")
@@ -695,15 +719,18 @@ class Exchange:
                 self._end_stream(completion.error_event())
                 return
             self.peer.wait(self.switches.seconds("chunk_delay") if self.sent_chunks else 0)
+            flood(self.switches.count("flood_bytes_per_chunk", 0))
             self._send_chunk(before + completion.word_event(word))
             self.sent_chunks += 1
+            self.server.count_word()
             before = b""
         self._break_stream()
         self._end_stream(before + completion.last_events())
 
     def _end_stream(self, last: bytes) -> None:
         self._send_chunk(last)
-        self._send_chunk(b"data: [DONE]\n\n")
+        if self.request.path not in COMPLETIONS:
+            self._send_chunk(b"data: [DONE]\n\n")
         if not self._is_close_delimited():
             self.peer.send(b"0\r\n\r\n")
 
@@ -766,15 +793,47 @@ class Completion:
         count = len(self.words)
         return {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": count + 7}
 
+    def _calls(self) -> list[tuple[str, str]]:
+        """Name and arguments of each tool call that ends the answer."""
+        calls = self.exchange.switches.values.get("tool_calls", [])
+        return [(str(name), str(text)) for name, text in calls] if isinstance(calls, list) else []
+
+    def _reasoning(self) -> str:
+        return str(self.exchange.switches.values.get("reasoning", ""))
+
+    def _finish_reason(self) -> str:
+        return "tool_calls" if self._calls() else "length"
+
+    def _extras(self) -> dict[str, object]:
+        """What a whole message has besides role and content."""
+        calls = [
+            {"id": f"call-{n}", "type": "function", "function": {"name": name, "arguments": text}}
+            for n, (name, text) in enumerate(self._calls())
+        ]
+        thought = {"reasoning_content": self._reasoning()} if self._reasoning() else {}
+        return {**thought, **({"tool_calls": calls} if calls else {})}
+
+    def _call_deltas(self) -> list[dict[str, object]]:
+        """Each call in pieces: id and name, then its arguments in two halves."""
+        deltas: list[dict[str, object]] = []
+        for n, (name, text) in enumerate(self._calls()):
+            half = len(text) // 2
+            head = {"index": n, "id": f"call-{n}", "type": "function"}
+            deltas.append({**head, "function": {"name": name, "arguments": text[:half]}})
+            deltas.append({"index": n, "function": {"arguments": text[half:]}})
+        return deltas
+
     def embedding(self) -> dict[str, object]:
         item = {"object": "embedding", "index": 0, "embedding": [0.25, -0.5]}
         return {**self._common("list"), "data": [item]}
 
     def whole(self) -> dict[str, object]:
         text = "".join(self.words)
-        message = {"message": {"role": "assistant", "content": text}}
-        said = message if self.is_chat else {"text": text}
-        choice = {"index": 0, "finish_reason": "length", **said}
+        message: dict[str, object] = {"role": "assistant", "content": text, **self._extras()}
+        said: dict[str, object] = {"message": message} if self.is_chat else {"text": text}
+        if not self.is_chat:
+            said["logprobs"] = None
+        choice = {"index": 0, "finish_reason": self._finish_reason(), **said}
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {**self._common(kind), "choices": [choice], "usage": self._usage()}
 
@@ -782,7 +841,8 @@ class Completion:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         event = {**self._common(kind), "choices": choices, **more}
         missing = self.exchange.switches.count("chunk_bytes", 0) - len(json.dumps(event))
-        return as_event({**event, "pad": "p" * missing} if missing > 0 else event)
+        padded = {**event, "pad": "p" * missing} if missing > 0 else event
+        return as_event(padded, self.exchange.switches)
 
     def _choice(self, delta: dict[str, object], finish_reason: str | None) -> dict[str, object]:
         said = {"delta": delta} if self.is_chat else {"text": delta.get("content") or ""}
@@ -790,25 +850,129 @@ class Completion:
 
     def first_event(self) -> bytes:
         choice = self._choice({"role": "assistant", "content": None}, None)
-        return self._event([choice], echo=self.exchange.echo())
+        first = self._event([choice], echo=self.exchange.echo())
+        thoughts = re.findall(r"\S+\s*", self._reasoning())
+        deltas = [self._choice({"reasoning_content": word}, None) for word in thoughts]
+        return first + b"".join(self._event([choice]) for choice in deltas)
 
     def word_event(self, word: str) -> bytes:
         return self._event([self._choice({"content": word}, None)])
 
     def last_events(self) -> bytes:
         """The finish reason, then the usage if the request wants it."""
-        last = self._event([self._choice({}, "length")])
+        calls = [self._choice({"tool_calls": [call]}, None) for call in self._call_deltas()]
+        last = b"".join(self._event([choice]) for choice in calls)
+        last += self._event([self._choice({}, self._finish_reason())])
         options = self.body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
             last += self._event([], usage=self._usage())
         return last
 
     def error_event(self) -> bytes:
-        return as_event({"error": {"code": 500, "message": "it broke", "type": "server_error"}})
+        error = {"code": 500, "message": "it broke", "type": "server_error"}
+        return as_event({"error": error}, self.exchange.switches)
 
 
-def as_event(payload: dict[str, object]) -> bytes:
-    return f"data: {json.dumps(payload)}\n\n".encode()
+class Message(Completion):
+    """An answer of /v1/messages."""
+
+    def whole(self) -> dict[str, object]:
+        thought = {"type": "thinking", "thinking": self._reasoning(), "signature": ""}
+        calls = [
+            {"type": "tool_use", "id": f"call-{n}", "name": name, "input": json.loads(text)}
+            for n, (name, text) in enumerate(self._calls())
+        ]
+        said = {"type": "text", "text": "".join(self.words)}
+        content = [*([thought] if self._reasoning() else []), said, *calls]
+        usage = {"input_tokens": 7, "output_tokens": len(self.words)}
+        return {**self._start(), "content": content, **self._stop(), "usage": usage}
+
+    def first_event(self) -> bytes:
+        started = {**self._start(), "content": [], "usage": {"input_tokens": 7, "output_tokens": 0}}
+        first = self._named("message_start", message=started, echo=self.exchange.echo())
+        if self._reasoning():
+            first += self._block(0, type="thinking", thinking="")
+            first += self._delta(0, type="thinking_delta", thinking=self._reasoning())
+        return first + self._block(self._text_index(), type="text", text="")
+
+    def word_event(self, word: str) -> bytes:
+        return self._delta(self._text_index(), type="text_delta", text=word)
+
+    def last_events(self) -> bytes:
+        last = b""
+        if self._reasoning():
+            last += self._delta(0, type="signature_delta", signature="")
+        for n, (name, text) in enumerate(self._calls(), self._text_index() + 1):
+            call_id = f"call-{n - self._text_index() - 1}"
+            last += self._block(n, type="tool_use", id=call_id, name=name)
+            for part in (text[: len(text) // 2], text[len(text) // 2 :]):
+                last += self._delta(n, type="input_json_delta", partial_json=part)
+        usage = {"output_tokens": len(self.words)}
+        last += self._named("message_delta", delta=self._stop(), usage=usage)
+        return last + self._named("message_stop")
+
+    def error_event(self) -> bytes:
+        error = {"code": 500, "message": "it broke", "type": "server_error"}
+        return b"event: error\n" + as_event(error, self.exchange.switches)
+
+    def _start(self) -> dict[str, object]:
+        common = self._common("message")
+        return {"id": common["id"], "type": "message", "role": "assistant"}
+
+    def _stop(self) -> dict[str, object]:
+        return {"stop_reason": "tool_use" if self._calls() else "max_tokens", "stop_sequence": None}
+
+    def _text_index(self) -> int:
+        return 1 if self._reasoning() else 0
+
+    def _named(self, kind: str, **fields: object) -> bytes:
+        data = as_event({"type": kind, **fields}, self.exchange.switches)
+        return f"event: {kind}\n".encode() + data
+
+    def _block(self, index: int, **block: object) -> bytes:
+        return self._named("content_block_start", index=index, content_block=block)
+
+    def _delta(self, index: int, **delta: object) -> bytes:
+        return self._named("content_block_delta", index=index, delta=delta)
+
+
+class Response(Message):
+    """An answer of /v1/responses."""
+
+    def whole(self) -> dict[str, object]:
+        done = {"status": "completed"}
+        text = "".join(self.words)
+        said: dict[str, object] = {"type": "message", "content": [{"text": text}]}
+        calls: list[dict[str, object]] = [
+            {"type": "function_call", "name": name, "arguments": text, "call_id": f"call-{n}"}
+            for n, (name, text) in enumerate(self._calls())
+        ]
+        output = [{**item, **done} for item in (said, *calls)]
+        now = self._common("response")["created"]
+        about = {"id": self._common("")["id"], "object": "response", "usage": {"input_tokens": 7}}
+        return {**about, **done, "created_at": now, "completed_at": now, "output": output}
+
+    def first_event(self) -> bytes:
+        return self._named("response.created", response={}, echo=self.exchange.echo())
+
+    def word_event(self, word: str) -> bytes:
+        return self._named("response.output_text.delta", delta=word)
+
+    def last_events(self) -> bytes:
+        whole = self.whole()
+        del whole["completed_at"]
+        return self._named("response.completed", response=whole)
+
+
+COMPLETIONS = {"/v1/messages": Message, "/v1/responses": Response}
+
+
+def as_json(payload: object, switches: Switches) -> str:
+    return json.dumps(payload, separators=(",", ":") if switches.has("compact") else None)
+
+
+def as_event(payload: dict[str, object], switches: Switches) -> bytes:
+    return f"data: {as_json(payload, switches)}\n\n".encode()
 
 
 def serve(server: Server, sock: socket.socket, connection: int) -> None:
@@ -927,6 +1091,7 @@ def run(server: Server) -> None:
         listen(server)
     log("I srv  llama_server: model loaded")
     log(f"I srv  llama_server: listening on http://{server.host}:{server.port}")
+    flood(server.switches.count("flood_bytes_when_ready", 0))
     if server.switches.has("exit_after_seconds"):
         seconds = server.switches.seconds("exit_after_seconds")
         after(seconds, lambda: server.die(server.switches))
@@ -942,6 +1107,7 @@ def after(seconds: float, do: Callable[[], None]) -> None:
 def wait_for_stop(server: Server) -> None:
     while not server.told_to_stop.wait(0.5):
         pass  # a wait without end would not see a signal on Windows
+    flood(server.switches.count("flood_bytes_when_told", 0))
     log("I srv    operator(): operator(): cleaning up before exit...")
     if server.switches.has("sigterm_waits_for_open_requests"):
         server.wait_until_idle()

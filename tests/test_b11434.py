@@ -1,6 +1,6 @@
 """A newer llama-server than the wheel's: a Windows build of b11434, run by Wine.
 
-`make test-b11434` runs these; the other targets leave them out. LLAMA_SERVER_EXE
+`make test-windows` runs these too; the other targets leave them out. LLAMA_SERVER_EXE
 names the program. What is missing fails them, in words.
 """
 

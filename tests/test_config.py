@@ -765,6 +765,13 @@ def test_check_of_an_agents_own_process(tmp_path: Path) -> None:
     assert hashes[0] == hashes[2] == hashes[3] != hashes[1]
 
 
+def test_check_refuses_an_agent_id_that_the_daemon_would_refuse(tmp_path: Path) -> None:
+    args = ("--model", "a", "--agent-id", "x" * 129)
+    ended, found = check(tmp_path, *args, LLAMA_SIDECAR_ISOLATE="agent")
+    assert ended.returncode == 2
+    assert found["refused"] == ["X-Agent-Id takes at most 128 printable characters"]
+
+
 def test_check_ends_with_2_and_every_fault_where_flags_are_refused(tmp_path: Path) -> None:
     args = ("--model", "a", "--flags", "--port 1 --nonsense")
     ended, found = check(tmp_path, *args)

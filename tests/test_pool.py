@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -32,9 +31,6 @@ from tests.daemon import (
 )
 from validator import SidecarSpec
 
-soft_end = pytest.mark.skipif(
-    sys.platform == "win32", reason="Windows ends a process without a console at once or not at all"
-)
 FAILS = {"exit_on_load": {"code": 7, "message": "E ggml: no such tensor, says the fake"}}
 HOSTILE = {
     "LLAMA_ARG_CTX_SIZE": "17",
@@ -439,7 +435,6 @@ def test_deleting_a_streaming_sidecar_cuts_the_stream(daemon: Daemon) -> None:
             response.read()
 
 
-@soft_end
 def test_a_child_that_ignores_terminate_is_killed_after_the_grace_time(daemon: Daemon) -> None:
     pid = daemon.chat("stubborn")[2]["echo"]["pid"]
     began = time.monotonic()
@@ -684,7 +679,6 @@ def test_where_the_larger_one_is_deleted_as_it_loads_the_smaller_gets_its_own_st
             assert lease.sidecar.spec is small
 
 
-@soft_end
 def test_a_larger_one_that_is_being_stopped_is_not_waited_for(
     tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
@@ -783,57 +777,6 @@ def test_an_idle_child_that_answers_anything_at_all_is_left_alone(tmp_path: Path
             lambda: health_probes(bench, "m") > seen + 3 * pool.MAX_MISSED_PROBES, "many probes"
         )
         assert odd.state is State.READY
-
-
-# --- the end
-
-
-def test_children_end_with_a_daemon_that_is_killed(
-    tmp_path: Path, threads: ThreadPoolExecutor
-) -> None:
-    models = {"a": {}, "stubborn": {"ignore_sigterm": True}, "loading": {"load_gate": True}}
-    with running_daemon(tmp_path, models, MAX_SIDECARS="3") as daemon:
-        assert [daemon.chat(name)[0] for name in ("a", "stubborn")] == [200, 200]
-        left = threads.submit(daemon.chat, "loading")
-        wait_until(lambda: daemon.starts("loading"), "a load began")
-        pids = [daemon.starts(name)[0]["pid"] for name in models]
-        assert all(map(is_alive, pids))
-        daemon.process.kill()
-        daemon.process.wait(10)
-        wait_until(lambda: not any(map(is_alive, pids)), "every child is gone", 2)
-        assert isinstance(left.exception(5), http.client.HTTPException | OSError)
-
-
-def test_a_terminated_daemon_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
-    with running_daemon(tmp_path, {"m": {"stream_gate": 2}, "cold": {}}) as daemon:
-        connection, response = begin_stream(daemon, "m")
-        assert isinstance(response, http.client.HTTPResponse)
-        with contextlib.closing(connection), response:
-            daemon.ask_to_stop()
-            wait_until(lambda: daemon.ask("GET", "/health")[0] == 503, "it drains", 5)
-            assert daemon.ask("GET", "/health")[2]["status"] == "draining"
-            for model in ("m", "cold"):
-                status, named, body = daemon.chat(model)
-                assert (status, code_of(body)) == (503, "shutting_down")
-                assert int(named["retry-after"]) >= 1
-            daemon.open_gate("m", "stream_gate")
-            assert response.read().endswith(b"data: [DONE]\n\n")
-        assert daemon.process.wait(10) == 0
-        assert daemon.starts("cold") == []
-        assert not is_alive(daemon.starts("m")[0]["pid"])
-
-
-def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
-    with running_daemon(tmp_path, {"m": {"stream_gate": 2}}) as daemon:
-        connection, response = begin_stream(daemon, "m")
-        assert isinstance(response, http.client.HTTPResponse)
-        with contextlib.closing(connection), response:
-            daemon.ask_to_stop()
-            wait_until(lambda: daemon.ask("GET", "/health")[0] == 503, "it drains", 5)
-            assert daemon.stop(10) == 0
-            with pytest.raises(http.client.IncompleteRead):
-                response.read()
-        assert not is_alive(daemon.starts("m")[0]["pid"])
 
 
 # --- states

@@ -590,6 +590,9 @@ def test_a_stream_that_breaks_is_cut_and_not_ended(daemon: Daemon, fake: dict[st
     assert b"[DONE]" not in answer
     assert not answer.endswith(b"0\r\n\r\n")
     wait_until(lambda: in_flight(daemon, "breaking") == 0, "the lease is released", 1.0)
+    if "die_mid_stream" in fake:  # the next request is not to meet the dying one
+        pid = daemon.starts("breaking")[-1]["pid"]
+        wait_until(lambda: pid not in [row["pid"] for row in daemon.sidecars()], "its end is seen")
 
 
 def test_an_answer_shorter_than_announced_is_cut(daemon: Daemon) -> None:

@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import winsvc
-from tests.daemon import SIGKILL, is_alive, wait_until
+from tests.daemon import SIGKILL, Daemon, is_alive, running_daemon, wait_until
 
 TELL = """
 import json, os, stat, sys
@@ -32,9 +32,6 @@ print(json.dumps({
 WAIT = "import time; print('up', flush=True); time.sleep(600)"
 WAIT_DEAF = "import signal; signal.signal(15, signal.SIG_IGN);" + WAIT
 KILLED = 1 if sys.platform == "win32" else -SIGKILL
-posix_only = pytest.mark.skipif(
-    sys.platform == "win32", reason="sessions, groups and signals; test_windows.py has the likes"
-)
 WITH_GRANDCHILD = (
     "import subprocess, sys;"
     f"child = subprocess.Popen([sys.executable, '-c', {WAIT!r}], stdout=subprocess.DEVNULL);"
@@ -59,7 +56,6 @@ def first_line(process: subprocess.Popen[bytes]) -> bytes:
     return process.stdout.readline().strip()
 
 
-@posix_only
 def test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours() -> None:
     with socket.create_server(("127.0.0.1", 0)) as ours, spawned(TELL, GIVEN="yes") as process:
         os.set_inheritable(ours.fileno(), True)
@@ -94,21 +90,19 @@ def test_a_child_outlives_the_thread_that_asked_for_it() -> None:
         found[0].stdout.close()
 
 
-@posix_only
 @pytest.mark.parametrize(("script", "code"), [(WAIT, -signal.SIGTERM), (WAIT_DEAF, -SIGKILL)])
 def test_kill_ends_who_is_deaf_to_terminate(script: str, code: int) -> None:
     with spawned(script) as process:
         assert first_line(process) == b"up"
         winsvc.terminate(process)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5 if code == -SIGKILL else 10)
+            process.wait(0.5 if code == KILLED else 10)
         winsvc.kill(process)
         assert process.wait(10) == code
         winsvc.terminate(process)  # it is gone: nothing happens, nobody else is hit
         winsvc.kill(process)
 
 
-@posix_only
 def test_terminate_reaches_what_the_child_started() -> None:
     with spawned(WITH_GRANDCHILD) as process:
         grandchild = int(first_line(process))
@@ -199,3 +193,241 @@ def test_waiting_names_the_sockets_that_can_be_read() -> None:
         assert winsvc.wait_readable([a, c], 5) == [a]
         d.close()
         assert winsvc.wait_readable([a, c], 5) == [a, c]
+
+
+# --- children of a daemon that is gone
+
+
+@contextlib.contextmanager
+def gone() -> Iterator[int]:
+    """The number of a process that has ended and is not reaped: nobody else can have it."""
+    with spawned("") as process:
+        wait_until(lambda: not is_alive(process.pid), "it has ended")
+        yield process.pid
+
+
+def record(folder: Path, owner: int, owner_stamp: object, *children: object) -> Path:
+    file = folder / f"{owner}.json"
+    file.write_text(json.dumps({"stamp": owner_stamp, "children": list(children)}))
+    return file
+
+
+def child(process: subprocess.Popen[bytes], stamp: str | None = None) -> dict[str, object]:
+    own = winsvc.process_stamp(process.pid)
+    return {"pid": process.pid, "stamp": stamp or own, "port": 8500, "hash": "0123456789ab"}
+
+
+def test_a_stamp_is_of_one_process_for_all_its_life() -> None:
+    with spawned(WAIT) as process, spawned(WAIT) as other:
+        stamp = winsvc.process_stamp(process.pid)
+        assert stamp
+        assert winsvc.process_stamp(process.pid) == stamp
+        assert winsvc.process_stamp(os.getpid()) not in (None, stamp)
+        assert winsvc.process_stamp(other.pid)
+        winsvc.kill(process)
+        wait_until(lambda: winsvc.process_stamp(process.pid) is None, "a zombie has none", 5)
+    assert winsvc.process_stamp(process.pid) is None
+
+
+def test_a_name_with_blanks_and_brackets_does_not_confuse_the_stamp(tmp_path: Path) -> None:
+    odd = tmp_path / "a) R 1 (b"
+    odd.symlink_to("/bin/sleep")
+    process = winsvc.spawn([str(odd), "60"], {})
+    try:
+        wait_until(lambda: "a) R 1 (b" in Path(f"/proc/{process.pid}/stat").read_text(), "exec")
+        assert winsvc.process_stamp(process.pid) == winsvc.process_stamp(process.pid)
+        boot, start = str(winsvc.process_stamp(process.pid)).split()
+        assert len(boot) == 36
+        assert int(start) > 1000
+    finally:
+        winsvc.kill(process)
+        process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_a_process_is_ended_only_by_its_own_stamp() -> None:
+    with spawned(WAIT) as process:
+        stamp = winsvc.process_stamp(process.pid)
+        assert stamp
+        for wrong in ("", "x", stamp + "0", stamp[:-1], stamp.replace(" ", "")):
+            assert not winsvc.end_process(process.pid, wrong)
+        assert is_alive(process.pid)
+        assert winsvc.end_process(process.pid, stamp)
+        assert process.wait(10) == KILLED
+        assert not winsvc.end_process(process.pid, stamp)
+
+
+def test_orphans_of_a_daemon_that_is_gone_are_ended_and_its_file_goes(tmp_path: Path) -> None:
+    with gone() as owner, spawned(WAIT_DEAF) as first, spawned(WAIT) as second:
+        assert first_line(first) == b"up"
+        file = record(tmp_path, owner, "of long ago", child(first), child(second))
+        ended = winsvc.end_orphans(tmp_path)
+        assert ended == [
+            f"pid={process.pid} port=8500 hash=0123456789ab" for process in (first, second)
+        ]
+        assert [first.wait(10), second.wait(10)] == [KILLED, KILLED]
+    assert not file.exists()
+
+
+def test_a_number_that_belongs_to_another_program_by_now_is_left_alone(tmp_path: Path) -> None:
+    with gone() as owner, spawned(WAIT) as process:
+        stamp = str(winsvc.process_stamp(process.pid))
+        earlier = f"{stamp.split()[0]} {int(stamp.split()[1]) - 1}"
+        file = record(tmp_path, owner, "of long ago", child(process, earlier))
+        assert winsvc.end_orphans(tmp_path) == []
+        assert is_alive(process.pid)
+    assert not file.exists()
+
+
+def test_children_of_a_daemon_that_lives_are_left_alone(tmp_path: Path) -> None:
+    with spawned(WAIT) as owner, spawned(WAIT) as process:
+        own = winsvc.process_stamp(owner.pid)
+        file = record(tmp_path, owner.pid, own, child(process))
+        before = file.read_text()
+        assert winsvc.end_orphans(tmp_path) == []
+        assert is_alive(process.pid)
+        assert file.read_text() == before
+
+
+def test_a_daemons_number_that_was_given_to_another_does_not_protect(tmp_path: Path) -> None:
+    with spawned(WAIT) as reused, spawned(WAIT) as process:
+        record(tmp_path, reused.pid, "of long ago", child(process))
+        assert len(winsvc.end_orphans(tmp_path)) == 1
+        assert process.wait(10) == KILLED
+        assert is_alive(reused.pid)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "7",
+        "{}",
+        '{"stamp": "x"}',
+        '{"stamp": "x", "children": 7}',
+        '{"stamp": "x", "children": [7]}',
+        '{"stamp": "x", "children": [{}]}',
+        '{"stamp": "x", "children": [{"pid": "me"}]}',
+        '{"stamp": "x", "children": [{"pid": -1, "stamp": "x"}]}',
+        '{"stamp": "x", "children": [{"pid": 0, "stamp": "x"}]}',
+        '{"stamp": "x", "children": [{"pid": 1e400, "stamp": "x"}]}',
+        '{"stamp": "x", "children": [{"pid": 99999999999999999999, "stamp": "x"}]}',
+        '{"stamp": "x", "children": [{"pid": "1", "stamp": "x"}, {"pid": "\\u0661"}]}',
+        "[" * 100_000,
+    ],
+    ids=[str(n) for n in range(17)],
+)
+def test_half_a_file_ends_nobody_and_stops_nothing(tmp_path: Path, text: str) -> None:
+    with gone() as owner, spawned(WAIT) as process:
+        (tmp_path / "1.json").write_text(text)
+        record(tmp_path, owner, "of long ago", child(process))
+        assert len(winsvc.end_orphans(tmp_path)) == 1
+        assert process.wait(10) == KILLED
+
+
+def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+    names = ["notes.json", "12.txt", "models.json", "readme"]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "77.json").mkdir()
+    assert winsvc.end_orphans(tmp_path) == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*names, "77.json"])
+
+
+def test_a_file_that_is_no_utf8_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "5.json").write_bytes(b"\xff\xfe")
+    assert winsvc.end_orphans(tmp_path) == []
+
+
+def test_the_roster_names_who_lives(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "on" / "demand"
+    roster = winsvc.Roster(folder)
+    file = folder / f"{os.getpid()}.json"
+    with spawned(WAIT) as first, spawned(WAIT) as second:
+        roster.add(first.pid, 8500, "aaa")
+        roster.add(second.pid, 8501, "bbb")
+        roster.remove(first.pid)
+        roster.remove(first.pid)
+        roster.remove(12345678)
+        found = json.loads(file.read_text())
+        assert found["stamp"] == winsvc.process_stamp(os.getpid())
+        stamp = winsvc.process_stamp(second.pid)
+        row = {"pid": second.pid, "stamp": stamp, "port": 8501, "hash": "bbb"}
+        assert found["children"] == [row]
+        assert winsvc.end_orphans(folder) == []
+        assert is_alive(second.pid)
+    assert [each.name for each in folder.iterdir()] == [file.name]
+    roster.close()
+    roster.close()
+    roster.remove(second.pid)  # its end is noticed late
+    assert list(folder.iterdir()) == []
+
+
+def test_one_that_has_ended_already_is_not_noted(tmp_path: Path) -> None:
+    with gone() as pid:
+        winsvc.Roster(tmp_path).add(pid, 8500, "aaa")
+    assert list(tmp_path.iterdir()) == []
+
+
+def in_a_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "state"
+
+
+@pytest.mark.parametrize("unusable", [in_a_file, lambda _: Path("/proc/nowhere")])
+def test_a_folder_that_cannot_be_written_to_is_no_fault(
+    tmp_path: Path, unusable: Callable[[Path], Path]
+) -> None:
+    folder = unusable(tmp_path)
+    assert winsvc.end_orphans(folder) == []
+    roster = winsvc.Roster(folder)
+    with spawned(WAIT) as process:
+        roster.add(process.pid, 8500, "aaa")
+        roster.remove(process.pid)
+    roster.close()
+
+
+def state_files(daemon: Daemon) -> list[Path]:
+    return sorted((daemon.folder / "state").glob("*.json"))
+
+
+def test_a_killed_daemon_leaves_a_file_that_the_next_one_sweeps(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, {"a": {}, "b": {}}) as daemon:
+        assert [daemon.chat(name)[0] for name in ("a", "b")] == [200, 200]
+        pids = sorted(row["pid"] for row in daemon.sidecars())
+        (file,) = state_files(daemon)
+        assert file.name == f"{daemon.process.pid}.json"
+        noted = [row["pid"] for row in json.loads(file.read_text())["children"]]
+        assert sorted(noted) == pids
+        daemon.stop(SIGKILL)
+        wait_until(lambda: not any(map(is_alive, pids)), "every child is gone", 2)
+        assert file.exists()
+    with running_daemon(tmp_path, {"a": {}}) as next_one:
+        assert state_files(next_one) == []
+        assert next_one.chat("a")[0] == 200
+        assert len(state_files(next_one)) == 1
+        assert next_one.stop() == 0
+        assert state_files(next_one) == []
+
+
+def test_a_child_that_outlived_its_daemon_is_ended_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with gone() as owner, spawned(WAIT_DEAF) as orphan:
+        assert first_line(orphan) == b"up"
+        record(tmp_path / "state", owner, "of long ago", child(orphan))
+        with running_daemon(tmp_path, {"a": {}}) as daemon:
+            assert f"pid={orphan.pid} port=8500 hash=0123456789ab" in daemon.log
+            assert orphan.wait(10) == KILLED
+            assert state_files(daemon) == []
+
+
+def test_a_daemon_works_without_a_folder_for_its_state(tmp_path: Path) -> None:
+    env = {"LLAMA_SIDECAR_STATE_DIR": "/proc/nowhere"}
+    with running_daemon(tmp_path, {"a": {}}, **env) as daemon:
+        assert daemon.chat("a")[0] == 200
+        assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log

@@ -1,0 +1,300 @@
+"""What the daemon bounds: connections, time, memory, descriptors, queues, tails."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import llama_sidecar
+import pool
+import winsvc
+from pool import Pool
+from tests.daemon import CHAT, FAKE_SERVER, Daemon, free_port_range, running_daemon, wait_until
+from tests.test_pool import bench_in
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+POST = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n".encode()
+DESCRIPTORS = 64
+
+
+@pytest.fixture(autouse=True)
+def many_descriptors() -> None:
+    """This process holds the other end of each connection."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
+
+
+def read_answer(sock: socket.socket) -> tuple[int, bytes]:
+    """Status and body of one answer with a Content-Length."""
+    response = http.client.HTTPResponse(sock)
+    with response:
+        response.begin()
+        return response.status, response.read()
+
+
+def resident_bytes(pid: int) -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+# --- connections
+
+
+def test_a_thousand_idle_connections_do_not_stop_a_request(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, {"m": {}}) as daemon, contextlib.ExitStack() as stack:
+        assert daemon.chat("m")[0] == 200
+        for _ in range(1000):
+            stack.enter_context(daemon.connect())
+        assert daemon.chat("m")[0] == 200
+        assert daemon.ask("GET", "/health")[0] == 200
+
+
+def test_one_connection_more_than_the_limit_is_told_so(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, {"m": {}}) as daemon, contextlib.ExitStack() as stack:
+        held = [stack.enter_context(daemon.connect()) for _ in range(1024)]
+        for sock in held:
+            sock.sendall(HEALTH)
+        assert [read_answer(sock)[0] for sock in held] == [200] * 1024
+        for _ in range(3):
+            with daemon.connect() as refused:
+                status, body = read_answer(refused)
+                assert (status, json.loads(body)["error"]["code"]) == (503, "too_many_connections")
+        held[0].sendall(HEALTH)
+        assert read_answer(held[0])[0] == 200
+        held.pop().close()
+        wait_until(lambda: is_served(daemon), "the place of one that left is free")
+
+
+def is_served(daemon: Daemon) -> bool:
+    """False also where the refusal was lost: it is sent before the request is read."""
+    try:
+        return bool(daemon.ask("GET", "/health")[0] == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+# --- descriptors
+
+
+def test_a_flood_of_connections_with_few_descriptors_is_survived(tmp_path: Path) -> None:
+    wrapper = ["sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$@"', "sh"]
+    settings = {"HEALTH_INTERVAL_SECONDS": "0.1"}
+    models: dict[str, dict[str, object]] = {"m": {}, "cold": {}}
+    with (
+        running_daemon(tmp_path, models, wrapper=wrapper, **settings) as daemon,
+        daemon.connect() as early,
+    ):
+        assert daemon.chat("m")[0] == 200
+        flooded_at = uptime_s(early)
+        with contextlib.ExitStack() as flood:
+            for _ in range(4 * DESCRIPTORS):
+                flood.enter_context(daemon.connect()).sendall(HEALTH)
+            wait_until(lambda: descriptors_of(daemon) >= DESCRIPTORS - 1, "it has no more of them")
+            body = b'{"model":"cold"}'
+            early.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            status, told = read_answer(early)
+            assert (status, json.loads(told)["error"]["code"]) == (503, "too_many_connections")
+            wait_until(lambda: uptime_s(early) > flooded_at + 1.5, "many probes were due")
+        assert daemon.chat("m")[1]["x-sidecar-start"] == "reused"
+        wait_until(lambda: daemon.chat("cold")[0] == 200, "a cold one is started after all")
+        assert len(daemon.starts("m")) == 1
+
+
+def uptime_s(sock: socket.socket) -> float:
+    sock.sendall(HEALTH)
+    return float(json.loads(read_answer(sock)[1])["uptime_seconds"])
+
+
+def descriptors_of(daemon: Daemon) -> int:
+    return len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
+
+
+# --- a reader slower than the model
+
+MEGABYTE = 1 << 20
+CHUNKS = 160
+CHUNK_BYTES = MEGABYTE // 2
+
+
+def test_a_slow_reader_holds_only_its_own_stream_and_no_memory(tmp_path: Path) -> None:
+    switches = {"chunks": CHUNKS, "chunk_bytes": CHUNK_BYTES, "no_events": True}
+    with running_daemon(tmp_path, {"m": switches}) as daemon:
+        body = {"model": "m", "stream": True, "messages": []}
+        assert daemon.chat("m", fake={"chunks": 1})[0] == 200
+        before = resident_bytes(daemon.process.pid)
+        connection, response = daemon.send("POST", CHAT, body)
+        with contextlib.closing(connection), response:
+            first = response.readline()
+            whole = daemon.chat("m", stream=True)[2]
+            assert whole.endswith(b"data: [DONE]\n\n")
+            assert len(whole) > CHUNKS * CHUNK_BYTES
+            assert [row["in_flight"] for row in daemon.sidecars()] == [1]
+            assert resident_bytes(daemon.process.pid) - before < 16 * MEGABYTE
+            rest = response.read()
+        assert len(first + rest) == len(whole)
+
+
+# --- clients that take their time
+
+
+@contextlib.contextmanager
+def served_here(folder: Path) -> Iterator[int]:
+    """The daemon's server in this process, on this port: its times can be made short."""
+    model = folder / "m.json"
+    model.write_text("{}")
+    map_file = folder / "models.map"
+    map_file.write_text(json.dumps({"m": model.name}))
+    config = llama_sidecar.read_config(
+        {
+            "LLAMA_SERVER_BIN": str(FAKE_SERVER),
+            "MODEL_DIR_MAP_FILE": str(map_file),
+            "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
+            "PORT_RANGE": free_port_range(),
+            "BASE_ARGS": "[]",
+            "LLAMA_SIDECAR_STATE_DIR": str(folder / "state"),
+        }
+    )
+    catalog = llama_sidecar.LiveCatalog(config)
+    running = Pool(llama_sidecar._pool_config(config, catalog, folder))
+    server = llama_sidecar.Server(config, catalog, running)
+    serving = winsvc.start_thread("http", server.serve_forever, 0.05)
+    try:
+        yield int(server.server_address[1])
+    finally:
+        running.close(0)
+        server.shutdown()
+        server.server_close()
+        serving.join()
+
+
+def trickle(sock: socket.socket, data: bytes) -> bytes:
+    """Send byte by byte until the server has had enough; what it would not wait for."""
+    for sent, byte in enumerate(data):
+        with contextlib.suppress(OSError):
+            sock.sendall(bytes([byte]))
+        if winsvc.wait_readable([sock], 0.02):
+            return data[sent:]
+    return b""
+
+
+SHORT_S = 0.4
+SIZED = POST + b"Content-Length: 2000\r\n\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+SLOW = {
+    "a head that stops": (POST, b""),
+    "a head byte by byte": (POST, b"X-Pad: " + b"x" * 1000),
+    "a body that stops": (SIZED + b'{"model": ', b""),
+    "a body byte by byte": (SIZED, b" " * 1000),
+    "a chunked body that stops": (CHUNKED + b"8\r\n{", b""),
+    "a chunked body byte by byte": (CHUNKED, b"1\r\n \r\n" * 300),
+}
+
+
+@pytest.mark.parametrize(("at_once", "slowly"), SLOW.values(), ids=SLOW)
+def test_who_is_slow_to_ask_is_told_408_and_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bytes, slowly: bytes
+) -> None:
+    monkeypatch.setattr(llama_sidecar, "HEAD_TIMEOUT_S", SHORT_S)
+    monkeypatch.setattr(llama_sidecar, "BODY_SILENCE_S", SHORT_S)
+    with served_here(tmp_path) as port, socket.create_connection(("127.0.0.1", port), 20) as sock:
+        sock.sendall(at_once)
+        assert bool(trickle(sock, slowly)) == bool(slowly)
+        status, body = read_answer(sock)
+        assert (status, json.loads(body)["error"]["code"]) == (408, "bad_request")
+        assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("head", [SIZED, CHUNKED], ids=["sized", "chunked"])
+def test_a_body_that_takes_long_but_keeps_up_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    monkeypatch.setattr(llama_sidecar, "BODY_SILENCE_S", SHORT_S)
+    monkeypatch.setattr(llama_sidecar, "MIN_BODY_BYTES_PER_S", 1.0)
+    text = b'{"model": "m"}' + b" " * 1986
+    pieces = [text[start : start + 40] for start in range(0, len(text), 40)]
+    with served_here(tmp_path) as port, socket.create_connection(("127.0.0.1", port), 20) as sock:
+        sock.sendall(head)
+        for piece in pieces:
+            framed = b"%x\r\n%b\r\n" % (len(piece), piece) if head == CHUNKED else piece
+            sock.sendall(framed)
+            assert not winsvc.wait_readable([sock], 2 * SHORT_S / len(pieces))
+        if head == CHUNKED:
+            sock.sendall(b"0\r\n\r\n")
+        assert read_answer(sock)[0] == 200
+
+
+def test_an_idle_connection_is_closed_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_sidecar, "IDLE_TIMEOUT_S", SHORT_S)
+    with served_here(tmp_path) as port:
+        address = ("127.0.0.1", port)
+        with (
+            socket.create_connection(address, 20) as silent,
+            socket.create_connection(address, 20) as used,
+        ):
+            used.sendall(HEALTH)
+            assert read_answer(used)[0] == 200
+            assert (silent.recv(1), used.recv(1)) == (b"", b"")
+
+
+# --- what is kept of a child and of a spec
+
+
+def test_the_tail_of_a_childs_output_is_bounded(tmp_path: Path) -> None:
+    with bench_in(tmp_path) as bench:
+        bench.spec("m", flood_bytes_when_ready=8 * MEGABYTE)
+        tail = bench.use("m").tail
+        wait_until(lambda: len(tail) == pool.TAIL_LINES, "many lines were read")
+        assert tail.maxlen == pool.TAIL_LINES
+
+
+def test_a_line_without_end_is_read_in_pieces() -> None:
+    program = "import os; [os.write(1, b'x' * 65536) for _ in range(64)]"
+    process = winsvc.spawn([sys.executable, "-c", program], {"PATH": os.environ["PATH"]})
+    longest, total = 0, 0
+    for line in winsvc.output_lines(process, pool.LINE_BYTES):
+        longest, total = max(longest, len(line)), total + len(line)
+    assert process.wait(10) == 0
+    assert (longest, total) == (pool.LINE_BYTES, 64 * 65536)
+
+
+def test_what_is_remembered_of_specs_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "MAX_HISTORIES", 3)
+    names = [f"m{number}" for number in range(6)]
+    with bench_in(tmp_path) as bench:
+        for name in names:
+            bench.spec(name, exit_on_load={"code": 1})
+            with pytest.raises(pool.LoadFailed):
+                bench.lease(name)
+        assert len(bench.pool._histories) == 3
+
+
+def test_the_queue_of_the_daemon_is_bounded(tmp_path: Path) -> None:
+    settings = {"MAX_SIDECARS": "1", "LLAMA_SIDECAR_QUEUE_SIZE": "3"}
+    models: dict[str, dict[str, object]] = {"held": {"answer_gate": True}, "cold": {}}
+    with running_daemon(tmp_path, models, **settings) as daemon, ThreadPoolExecutor(9) as threads:
+        held = threads.submit(daemon.chat, "held")
+        wait_until(lambda: any(row["in_flight"] for row in daemon.sidecars()), "it is held")
+        waiting = [threads.submit(daemon.chat, "cold") for _ in range(8)]
+        wait_until(lambda: sum(future.done() for future in waiting) == 5, "five are refused")
+        assert daemon.ask("GET", "/health")[2]["queue"]["waiting"] == 3
+        daemon.open_gate("held", "answer_gate")
+        assert held.result(20)[0] == 200
+        assert sorted(future.result(20)[0] for future in waiting) == [200] * 3 + [429] * 5
