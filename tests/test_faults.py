@@ -29,6 +29,7 @@ from tests.daemon import (
     Daemon,
     free_port_range,
     is_alive,
+    killed_by,
     running_daemon,
     wait_until,
 )
@@ -132,7 +133,7 @@ def stopping(fault: str, told: Told = FINE, **more: Any) -> Row:
 
 FAILED_LOAD = "model_load_failed"
 FAILED = "upstream_failed"
-KILLED = "killed by signal 9"
+KILLED = killed_by(SIGKILL)
 STUCK = "nothing has moved for"
 SILENT = {"load_gate": True, "load_silent": True}
 LIAR = {"health_status": 500, "health_gate": True}

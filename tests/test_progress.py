@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from tests.daemon import CHAT, Daemon, running_daemon, wait_until
@@ -181,6 +180,7 @@ def test_another_wish_is_refused(tmp_path: Path, value: str) -> None:
 
 
 def test_the_official_client_reads_past_the_comments(tmp_path: Path) -> None:
+    openai = pytest.importorskip("openai")  # it has no place in the Windows Python
     models = {"m": {"load_seconds": 2.5}}
     with running_daemon(tmp_path, models) as daemon:
         base_url = f"http://127.0.0.1:{daemon.port}/v1"
