@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests import windows_parts
 from tests.not_on_windows import REASONS
 
 
@@ -47,6 +48,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for left_out, reason in REASONS.items():
                 if name == left_out or name.startswith((f"{left_out}[", f"{left_out}::")):
                     item.add_marker(pytest.mark.skip(reason=f"not on Windows: {reason}"))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.option.markexpr == "windows" and windows_parts.real_server() is None:
+        terminalreporter.write_line(
+            "NO REAL llama-server.exe: all of this ran against the fake one, or was skipped. "
+            "Set LLAMA_SERVER_EXE to test what users run.",
+            red=True,
+            bold=True,
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import real_parts
+from tests import real_parts, windows_parts
 from tests.daemon import started_daemon
 from tests.test_flags_integration import (
     SHOWN_BY_NEWER,
@@ -31,7 +31,6 @@ from validator import FlagTable, probe_help
 
 pytestmark = pytest.mark.windows
 
-EXE = real_parts.REPO.parent / "shared" / "windows" / "llama-server.exe"
 WINE_FOLDERS = ("/usr/lib/wine", "/usr/bin", "/opt/wine-stable/bin")
 WINE_START_S = 100
 
@@ -44,10 +43,10 @@ def wine_program(name: str) -> Path:
 
 
 def server_exe() -> Path:
-    exe = Path(os.environ.get("LLAMA_SERVER_EXE") or EXE)
-    if not exe.is_file():
-        pytest.fail(f"there is no {exe}: let LLAMA_SERVER_EXE name a llama-server.exe of b11434")
-    return exe.absolute()
+    exe = windows_parts.real_server()
+    if exe is None:
+        pytest.skip("there is no llama-server.exe: set LLAMA_SERVER_EXE")
+    return exe
 
 
 @pytest.fixture(scope="module")

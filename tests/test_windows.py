@@ -51,18 +51,10 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wine]:
         shutil.rmtree(folder, ignore_errors=True)  # it takes 700 MB
 
 
-def has_real_server() -> bool:
-    try:
-        windows_parts.llama_server()
-    except RuntimeError:
-        return False
-    return True
-
-
 def real_settings(folder: Path) -> Settings:
     """The daemon over the real llama-server.exe and SmolLM2; over the fake if there is none."""
     folder.mkdir(exist_ok=True)
-    if has_real_server():
+    if windows_parts.real_server():
         server, models = windows_parts.llama_server(), [real_parts.smollm2(), real_parts.tiny()]
     else:
         server, models = FAKE, [folder / "smollm2.json", folder / "tiny.json"]
@@ -243,7 +235,7 @@ def test_every_argument_reaches_the_child_as_it_is(windows: Wine, tmp_path: Path
 
 
 def test_a_model_in_a_folder_with_an_umlaut_is_loaded(windows: Wine, tmp_path: Path) -> None:
-    if not has_real_server():
+    if not windows_parts.real_server():
         pytest.skip("no llama-server.exe: LLAMA_SERVER_EXE")
     inner = tmp_path / "Größe é"
     inner.mkdir()

@@ -109,11 +109,23 @@ def nssm() -> Path:
 
 
 def llama_server() -> Path:
-    """A llama-server.exe: LLAMA_SERVER_EXE, or the one that lies in ../shared/windows."""
-    file = Path(os.environ.get("LLAMA_SERVER_EXE") or SERVER)
-    if not file.is_file():
-        raise RuntimeError(f"no llama-server.exe at {file}: set LLAMA_SERVER_EXE")
+    """A llama-server.exe: LLAMA_SERVER_EXE, or the one that lies in ../shared/windows.
+
+    Raises RuntimeError if there is none.
+    """
+    file = real_server()
+    if file is None:
+        raise RuntimeError(f"no llama-server.exe at {SERVER}: set LLAMA_SERVER_EXE")
     return file
+
+
+def real_server() -> Path | None:
+    """As `llama_server`; None if there is none. Raises RuntimeError if its variable is wrong."""
+    chosen = os.environ.get("LLAMA_SERVER_EXE")
+    file = Path(chosen or SERVER)
+    if chosen and not file.is_file():
+        raise RuntimeError(f"LLAMA_SERVER_EXE={chosen} is no file")
+    return file.absolute() if file.is_file() else None
 
 
 def _is_newer(one: Path, other: Path) -> bool:
