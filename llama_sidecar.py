@@ -81,6 +81,7 @@ SEND_TIMEOUT_S: Final = 60.0  # a reader that takes nothing for so long has gone
 UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
 SERVICE_STOP_S: Final = 60.0
 LOG_FILE_BYTES: Final = 10 * 1024 * 1024
+LOG_RETRY_S: Final = 60.0  # after a try to rename it that failed
 LOG_FILES_KEPT: Final = 3  # besides the one that is written
 LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
 LINGER_BYTES: Final = 4 * 1024 * 1024
@@ -2110,6 +2111,32 @@ class _OneLine(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A log file that goes on growing while Windows lets nobody rename it.
+
+    It does so as long as another program has the file open.
+    """
+
+    retry_at = 0.0  # monotonic
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802 - logging's name
+        return time.monotonic() >= self.retry_at and bool(super().shouldRollover(record))
+
+    def doRollover(self) -> None:  # noqa: N802 - logging's name
+        """Move the file aside first: where that fails nothing else has been moved."""
+        if self.stream:
+            self.stream.close()
+        aside = Path(f"{self.baseFilename}.aside")
+        try:
+            Path(self.baseFilename).replace(aside)
+            aside.replace(self.baseFilename)
+        except OSError:
+            self.retry_at = time.monotonic() + LOG_RETRY_S
+            self.stream = self._open()
+            return
+        super().doRollover()
+
+
 def set_up_logging(level: str, file: Path | None = None) -> None:
     """To stderr, and to the file if one is named. Raises OSError if it cannot be written."""
     handlers: list[logging.Handler] = []
@@ -2118,9 +2145,7 @@ def set_up_logging(level: str, file: Path | None = None) -> None:
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(
-            logging.handlers.RotatingFileHandler(
-                file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
-            )
+            _LogFile(file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
         )
     for handler in handlers:
         handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -261,15 +262,19 @@ class Wine:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run(["wineboot", "-i"])
         self.run(["winecfg", "-v", "win10"])
-        # Wine ends, services included, with its last program: this one waits for input.
+        # Wine ends, services included, with its last program: this one waits for input. It
+        # also makes Wine start its desktop, which would else hold the next program's pipe.
+        waiting = "import sys; print('up', flush=True); sys.stdin.read()"
         self._keeper = subprocess.Popen(
-            [wine(), "cmd"],
+            [wine(), str(windows_python() / "python.exe"), "-c", waiting],
             env=self.environment(),
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._keeper.stdout is not None
+        select.select([self._keeper.stdout], [], [], START_S)
 
     def end(self) -> None:
         """End every program of this Windows."""
@@ -279,7 +284,8 @@ class Wine:
                 subprocess.run([server, word], env=self.environment(), timeout=30, check=False)
         if self._keeper:
             self._keeper.kill()
-            self._keeper.communicate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._keeper.communicate(timeout=10)
 
 
 def _collect(process: subprocess.Popen[bytes], output: list[bytes]) -> None:
