@@ -10,12 +10,14 @@ LOG := $(VENV)/install.log
 REQUIREMENTS := tests/requirements.txt
 NO_DEPS := tests/requirements-no-deps.txt
 
+WINDOWS_EXE := dist/llama-sidecar.exe
+
 VENV_PYTHON := $(VENV)/bin/python
 # The fake llama-server's first line asks PATH for python3.
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration test-b11434 lint build bench bench-flags \
+.PHONY: help run test test-unit test-integration test-windows lint build build-windows bench bench-flags \
 	bench-trace soak eval clean
 
 help: ## list these targets
@@ -27,16 +29,17 @@ run: $(READY) ## start the daemon with two small real models, and print curl lin
 	exec $(VENV_PYTHON) llama_sidecar.py
 
 test: $(READY) ## run every test that this machine can run
-	@$(PYTEST) -m "not b11434" $(ARGS)
+	@$(PYTEST) -m "not windows" $(ARGS)
 
 test-unit: $(READY) ## run the tests that need no real llama-server
-	@$(PYTEST) -m "not integration and not b11434" $(ARGS)
+	@$(PYTEST) -m "not integration and not windows" $(ARGS)
 
 test-integration: $(READY) ## run the tests with the real llama-server and real models
 	@$(PYTEST) -m integration $(ARGS)
 
-test-b11434: $(READY) ## run the tests with a Windows build of b11434 under Wine (LLAMA_SERVER_EXE)
-	@$(PYTEST) -m b11434 $(ARGS)
+test-windows: $(WINDOWS_EXE) ## run the tests for Windows under Wine: unit suite, exe, services
+	@$(VENV_PYTHON) -m tests.windows_parts test $(ARGS)
+	@$(PYTEST) -m windows $(ARGS)
 
 lint: $(READY) ## check style, format and types, for Linux and for Windows
 	$(VENV_PYTHON) -m ruff check .
@@ -49,6 +52,12 @@ build: $(READY) ## make the one-file program dist/llama-sidecar
 	  { echo "make: the build needs objdump: apt-get install binutils" >&2; exit 1; }
 	$(VENV_PYTHON) -m PyInstaller --noconfirm --log-level WARN build.spec
 	@ls -l dist/llama-sidecar
+
+build-windows: $(READY) ## make dist/llama-sidecar.exe, on Linux (wine64, gcc-mingw-w64-x86-64)
+	@$(VENV_PYTHON) -m tests.windows_parts build
+
+$(WINDOWS_EXE): $(READY) $(wildcard *.py) flags.json build.spec tests/windows_parts.py
+	@$(VENV_PYTHON) -m tests.windows_parts build
 
 bench: $(READY) ## measure what the daemon adds to a request
 	@$(VENV_PYTHON) bench/proxy_overhead.py $(ARGS)

@@ -31,6 +31,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 import winsvc
 from pool import (
@@ -80,6 +81,7 @@ SEND_TIMEOUT_S: Final = 60.0  # a reader that takes nothing for so long has gone
 UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
 SERVICE_STOP_S: Final = 60.0
 LOG_FILE_BYTES: Final = 10 * 1024 * 1024
+LOG_RETRY_S: Final = 60.0  # after a try to rename it that failed
 LOG_FILES_KEPT: Final = 3  # besides the one that is written
 LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
 LINGER_BYTES: Final = 4 * 1024 * 1024
@@ -350,6 +352,8 @@ def _program(text: str) -> Path:
     found = shutil.which(text)
     if found is None:
         raise _Faulty("is no program that can be run: takes the path of llama-server")
+    if sys.platform == "win32" and found.lower().endswith((".bat", ".cmd")):
+        raise _Faulty("is a batch file, which takes some arguments for commands: name the .exe")
     return Path(found).absolute()
 
 
@@ -582,6 +586,27 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
+def _model_path(text: str, folder: Path) -> Path:
+    """A path, whole or below the map's folder, or a file: URI (RFC 8089). Raises _Faulty."""
+    if text[:5].lower() != "file:":
+        return folder / text
+    is_windows = sys.platform == "win32"
+    host, path = "", text[5:].replace("\\", "/") if is_windows else text[5:]
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+    try:
+        path = unquote(path, errors="strict")
+    except ValueError as exc:
+        raise _Faulty(f"{text!r}: what % stands for is not UTF-8") from exc
+    if is_windows and re.match(r"/[A-Za-z]:", path):
+        path = path[1:]
+    is_remote = host.lower() not in ("", "localhost")
+    if not path or (is_remote and not is_windows):
+        raise _Faulty(f"{text!r}: takes file:///PATH, a file of this machine")
+    return folder / (f"//{host}{path}" if is_remote else path)
+
+
 def _model(model_id: str, entry: object, folder: Path, validator: Validator) -> Model:
     fields = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
@@ -596,7 +621,7 @@ def _model(model_id: str, entry: object, folder: Path, validator: Validator) -> 
         raise _Faulty("pinned takes true or false")
     if not all(name and name == printable(name) for name in (model_id, *aliases)):
         raise _Faulty("a model's name cannot be empty or hold control characters")
-    path = folder / fields["path"]
+    path = _model_path(fields["path"], folder)
     if not path.is_file():
         log.warning("model %s: %s is no file, requests for it will be refused", model_id, path)
     layer = validator.model_args(args)
@@ -2099,6 +2124,32 @@ class _OneLine(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A log file that goes on growing while Windows lets nobody rename it.
+
+    It does so as long as another program has the file open.
+    """
+
+    retry_at = 0.0  # monotonic
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802 - logging's name
+        return time.monotonic() >= self.retry_at and bool(super().shouldRollover(record))
+
+    def doRollover(self) -> None:  # noqa: N802 - logging's name
+        """Move the file aside first: where that fails nothing else has been moved."""
+        if self.stream:
+            self.stream.close()
+        aside = Path(f"{self.baseFilename}.aside")
+        try:
+            Path(self.baseFilename).replace(aside)
+            aside.replace(self.baseFilename)
+        except OSError:
+            self.retry_at = time.monotonic() + LOG_RETRY_S
+            self.stream = self._open()
+            return
+        super().doRollover()
+
+
 def set_up_logging(level: str, file: Path | None = None) -> None:
     """To stderr, and to the file if one is named. Raises OSError if it cannot be written."""
     handlers: list[logging.Handler] = []
@@ -2107,9 +2158,7 @@ def set_up_logging(level: str, file: Path | None = None) -> None:
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(
-            logging.handlers.RotatingFileHandler(
-                file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
-            )
+            _LogFile(file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
         )
     # What no format of ours shows need not be looked up for each line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -228,6 +228,11 @@ class Upstream:
             return self._idle.pop() if self._idle else None
 
 
+def _use_moment() -> float:
+    """A time to compare uses by; time.monotonic() goes on in steps of 16 ms on Windows."""
+    return time.perf_counter()
+
+
 class Sidecar:
     """One llama-server child. Fields below the line change under the pool's lock only."""
 
@@ -254,7 +259,7 @@ class Sidecar:
         self.requests_total = 0
         self.ready_at: float | None = None
         self.last_used_at: float | None = None
-        self.last_used = self.started  # monotonic: the end of the last request
+        self.last_used = _use_moment()  # the end of the last request
         self.load_s: float | None = None
         self.step_until = 0.0  # monotonic: its agent is thought to be between two steps
         self.is_draining = False  # takes no new lease: somebody waited too long
@@ -427,10 +432,10 @@ class Pool:
         sidecar = lease.sidecar
         with self._changed:
             sidecar.in_flight -= 1
-            sidecar.last_used = time.monotonic()
+            sidecar.last_used = _use_moment()
             sidecar.last_used_at = time.time()
             steps_on = lease.ended_in_tool_calls
-            sidecar.step_until = sidecar.last_used + self.config.step_s if steps_on else 0.0
+            sidecar.step_until = time.monotonic() + self.config.step_s if steps_on else 0.0
             actions = self._decide_locked() if self._waiting else []
             if self.is_closed:
                 self._changed.notify_all()  # `close` waits for the last of them
@@ -918,7 +923,7 @@ class Pool:
             now = time.monotonic()
             sidecar.ready_at = time.time()
             sidecar.load_s = now - sidecar.started
-            sidecar.last_used = now
+            sidecar.last_used = _use_moment()
             history = self._history_locked(sidecar.spec.hash)
             history.loads_s.append(sidecar.load_s)
             history.failures, history.error = 0, None

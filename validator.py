@@ -711,6 +711,8 @@ def _file_text(name: str) -> str:
         raise _Unsayable from None
     if len(data) > MAX_LIFTED_FILE_BYTES or not text:
         raise _Unsayable
+    if sys.platform == "win32":
+        return text.replace("\r\n", "\n")  # llama-server opens it as text, which does the same
     return text
 
 

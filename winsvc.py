@@ -134,12 +134,21 @@ def end_orphans(folder: Path) -> list[str]:
 
 
 def state_dir() -> Path:
-    """Where this user's programs keep what they must find again after a restart."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-        return Path(base or Path.home() / "AppData" / "Local") / "llama-sidecar"
-    base = os.environ.get("XDG_STATE_HOME")
-    return Path(base or Path.home() / ".local" / "state") / "llama-sidecar"
+    """Where this user's programs keep what they must find again after a restart.
+
+    A user without a home folder has them where temporary files lie.
+    """
+    is_windows = sys.platform == "win32"
+    base = os.environ.get("LOCALAPPDATA" if is_windows else "XDG_STATE_HOME")
+    if base:
+        return Path(base) / "llama-sidecar"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "llama-sidecar"
+    return home.joinpath(*(("AppData", "Local") if is_windows else (".local", "state"))) / (
+        "llama-sidecar"
+    )
 
 
 # Linux sends the parent-death signal when the *thread* that forked ends, so every

@@ -1,8 +1,12 @@
 """What holds for every test of the project."""
 
 import os
+import sys
 
 import pytest
+
+from tests import windows_parts
+from tests.not_on_windows import REASONS
 
 
 class SkipsFailTheRun:
@@ -35,6 +39,27 @@ class SkipsFailTheRun:
             terminalreporter.write_line(
                 f"CI=true: skipped, so the run fails: {nodeid}", red=True, bold=True
             )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if sys.platform == "win32":
+        for item in items:
+            name = item.nodeid.rpartition("/")[2]
+            for left_out, reason in REASONS.items():
+                if name == left_out or name.startswith((f"{left_out}[", f"{left_out}::")):
+                    item.add_marker(pytest.mark.skip(reason=f"not on Windows: {reason}"))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.option.markexpr == "windows" and windows_parts.real_server() is None:
+        terminalreporter.write_line(
+            "NO REAL llama-server.exe: all of this ran against the fake one, or was skipped. "
+            "Set LLAMA_SERVER_EXE to test what users run.",
+            red=True,
+            bold=True,
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,16 +17,37 @@ from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any, TypeVar
 
+import winsvc
+
 ROOT = Path(__file__).resolve().parent.parent
-FAKE_SERVER = ROOT / "tests" / "fake_llama_server.py"
+FAKE_SERVER = (  # Windows starts no scripts: there it is a program, by tests/windows_parts.py
+    ROOT / ".cache" / "windows-fake" / "fake_llama_server.exe"
+    if sys.platform == "win32"
+    else ROOT / "tests" / "fake_llama_server.py"
+)
 CHAT = "/v1/chat/completions"
 SIGKILL = 9  # Windows has no name for it
+PATIENCE = 5 if sys.platform == "win32" else 1  # how much slower everything may be
+PASSED_ON = ("PATH", "HOME", "SYSTEMROOT", "SYSTEMDRIVE", "TEMP", "TMP")
+
+# Windows sends Ctrl-C to all programs of a console, so a daemon has one of its own, and
+# this program goes there to press it.
+PRESS_CTRL_C = """
+import ctypes, sys
+kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+kernel32.FreeConsole()
+ok = kernel32.AttachConsole(int(sys.argv[1]))
+ok = ok and kernel32.SetConsoleCtrlHandler(None, True)
+ok = ok and kernel32.GenerateConsoleCtrlEvent(0, 0)
+sys.exit(0 if ok else f"no Ctrl-C: error {ctypes.get_last_error()}")
+"""
 
 T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 20.0) -> T:
     """What `condition` returns once it is true; AssertionError naming `what` after a while."""
+    timeout_s *= PATIENCE
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain: {what}"
@@ -36,11 +57,7 @@ def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 20.0) -
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    return winsvc.process_stamp(pid) is not None
 
 
 class Daemon:
@@ -108,9 +125,19 @@ class Daemon:
         """Let a fake that waits at load_gate, answer_gate, stream_gate or health_gate go on."""
         (self.folder / f"{model}.json.{gate}").touch()
 
+    def send_signal(self, signum: int = signal.SIGTERM) -> None:
+        """SIGKILL, SIGTERM or SIGINT; the soft ones are Ctrl-C on Windows."""
+        if signum == SIGKILL:
+            self.process.kill()
+        elif sys.platform == "win32":
+            command = [sys.executable, "-c", PRESS_CTRL_C, str(self.process.pid)]
+            subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60, check=True)
+        else:
+            self.process.send_signal(signum)
+
     def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
         """Send a signal and return the exit code."""
-        self.process.send_signal(signum)
+        self.send_signal(signum)
         return self.process.wait(timeout_s)
 
     def _read_log(self) -> None:
@@ -153,7 +180,7 @@ def started_daemon(
     settings: Mapping[str, str], folder: Path, wrapper: Sequence[str] = ()
 ) -> Iterator[Daemon]:
     """A daemon with exactly these settings beside PATH and HOME; waits until it listens."""
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = bare_environment()
     environment["LLAMA_SIDECAR_STATE_DIR"] = str(folder / "state")
     process = subprocess.Popen(
         [*wrapper, sys.executable, str(ROOT / "llama_sidecar.py")],
@@ -161,8 +188,9 @@ def started_daemon(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="surrogateescape",
+        **own_console(),
     )
     daemon = Daemon(process, folder)
     try:
@@ -183,6 +211,25 @@ def started_daemon(
         daemon._reader.join(5)
         assert process.stdout is not None
         process.stdout.close()
+
+
+def own_console() -> dict[str, Any]:
+    """For Popen, of a program that is to be stopped by `ask_to_stop`."""
+    if sys.platform != "win32":
+        return {}
+    hidden = subprocess.STARTUPINFO()
+    hidden.dwFlags = subprocess.STARTF_USESHOWWINDOW
+    return {"creationflags": subprocess.CREATE_NEW_CONSOLE, "startupinfo": hidden}
+
+
+def killed_by(signum: int) -> str:
+    """How the log calls a child's end by a signal."""
+    return f"exit code {signum}" if sys.platform == "win32" else f"killed by signal {signum}"
+
+
+def bare_environment() -> dict[str, str]:
+    """What every program needs, and nothing that says how the daemon is to be."""
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
 def free_port_range(count: int = 20) -> str:

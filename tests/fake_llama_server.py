@@ -191,7 +191,7 @@ class Journal:
     """FILE.starts and FILE.events: whole lines, appended by any number of processes."""
 
     def __init__(self, path: str) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
         self.file = os.open(path, flags, 0o600)
 
     def append(self, record: dict[str, object]) -> bytes:

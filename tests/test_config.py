@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -16,8 +14,16 @@ from typing import Any
 import pytest
 
 import llama_sidecar
+import winsvc
 from llama_sidecar import Config, ConfigError, LiveCatalog, Model, read_config
-from tests.daemon import FAKE_SERVER, ROOT, free_port_range, running_daemon, started_daemon
+from tests.daemon import (
+    FAKE_SERVER,
+    ROOT,
+    bare_environment,
+    free_port_range,
+    running_daemon,
+    started_daemon,
+)
 from validator import FlagsRefused
 
 CONTRACT = {
@@ -61,9 +67,9 @@ def run_daemon(variables: dict[str, str], *args: str) -> subprocess.CompletedPro
     """A run that is expected to end by itself."""
     return subprocess.run(
         [sys.executable, str(ROOT / "llama_sidecar.py"), *args],
-        env={"PATH": os.environ["PATH"]} | variables,
+        env=bare_environment() | variables,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=60,
         check=False,
     )
@@ -362,18 +368,23 @@ class Binary:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file = folder / "llama-server"
+        self.file = folder / ("llama-server.exe" if sys.platform == "win32" else "llama-server")
         self._calls = folder / "calls"
 
     def becomes(self, help_text: str, exit_code: int = 0) -> None:
         text = self.folder / "help.txt"
         text.write_text(help_text)
         new = self.folder / "llama-server.new"
-        new.write_text(
-            f"#!/bin/sh\necho x >>{self._calls}\n"
-            f"cat {text}\nexit {exit_code} # {time.monotonic_ns()}\n"
+        script = (
+            f"import sys\nopen({str(self._calls)!r}, 'a').write('x ')\n"
+            f"print(open({str(text)!r}).read(), end='')\nsys.exit({exit_code})\n"
         )
-        new.chmod(0o755)
+        if sys.platform == "win32":  # the fake's program runs whatever script lies beside it
+            self.file.with_suffix(".py").write_text(script)
+            new.write_bytes(FAKE_SERVER.read_bytes() + str(time.monotonic_ns()).encode())
+        else:
+            new.write_text(f"#!{sys.executable}\n{script}# {time.monotonic_ns()}\n")
+            new.chmod(0o755)
         new.replace(self.file)
 
     @property
@@ -489,6 +500,44 @@ def test_an_entry_is_a_path_or_an_object(tmp_path: Path) -> None:
     assert args[args.index("--ctx-size") + 1] == "8192"
 
 
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file:///C:/models/x.gguf", "C:/models/x.gguf"),
+        ("FILE:///c:/a%20b/m%C3%BCnchen.gguf", "c:/a b/münchen.gguf"),
+        ("file:/C:/models/x.gguf", "C:/models/x.gguf"),
+        ("file://localhost/C:/x.gguf", "C:/x.gguf"),
+        ("file:///C:\\models\\x.gguf", "C:/models/x.gguf"),
+        ("file://server/share/x.gguf", "//server/share/x.gguf"),
+        ("C:\\models\\x.gguf", "C:/models/x.gguf"),
+        ("sub\\x.gguf", "sub/x.gguf"),
+    ]
+    if sys.platform == "win32"
+    else [
+        ("file:///models/x.gguf", "/models/x.gguf"),
+        ("FILE:///a%20b/m%C3%BCnchen%23%3F.gguf", "/a b/münchen#?.gguf"),
+        ("file:/models/x.gguf", "/models/x.gguf"),
+        ("file://localhost/x.gguf", "/x.gguf"),
+        ("file:sub/x.gguf", "sub/x.gguf"),
+        ("sub%20/x.gguf", "sub%20/x.gguf"),
+    ],
+)
+def test_a_model_may_be_named_by_a_file_uri(tmp_path: Path, uri: str, path: str) -> None:
+    assert config_of(tmp_path, {"a": uri}).catalog.models["a"].path == tmp_path / path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there it names a share of that server")
+def test_a_file_of_another_machine_is_refused(tmp_path: Path) -> None:
+    (fault,) = faults_of(required(tmp_path, {"a": "file://server/x.gguf"}))
+    assert "a file of this machine" in fault
+
+
+@pytest.mark.parametrize("uri", ["file:", "file://", "file:///%FF"])
+def test_a_uri_that_names_no_file_is_refused(tmp_path: Path, uri: str) -> None:
+    (fault,) = faults_of(required(tmp_path, {"a": uri}))
+    assert repr(uri) in fault
+
+
 def test_relative_paths_are_relative_to_the_map_wherever_the_daemon_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -595,7 +644,9 @@ def test_check_says_what_every_model_comes_to(tmp_path: Path) -> None:
     ended = run_daemon(checkable(tmp_path), "check")
     assert (ended.returncode, ended.stderr) == (0, "")
     server, *rows = ended.stdout.splitlines()
-    assert re.fullmatch(rf"llama-server +{FAKE_SERVER} \(it knows [0-9]+ flags\)", server)
+    assert re.fullmatch(
+        rf"llama-server +{re.escape(str(FAKE_SERVER))} \(it knows [0-9]+ flags\)", server
+    )
     assert [row.split()[:2] for row in rows] == [["model", "a"], ["model", "b"]]
     assert all(re.search(r" [0-9a-f]{12} ", row) for row in rows)
     assert rows[1].endswith(f" {tmp_path / 'b.gguf'}")
@@ -661,7 +712,7 @@ def test_check_of_a_request_says_what_would_run_and_what_travels(tmp_path: Path)
     assert rows == {
         "model": "b",
         "hash": found["hash"],
-        "command": shlex.join(command),
+        "command": winsvc.quoted_command(command),
         "request": '{"temperature": 0.5}',
         "note": found["notes"][0],
     }

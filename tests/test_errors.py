@@ -252,7 +252,7 @@ def test_while_it_drains_new_work_is_refused_and_health_says_so(tmp_path: Path) 
     with running_daemon(tmp_path, models) as daemon, ThreadPoolExecutor(1) as threads:
         held = threads.submit(daemon.chat, "held")
         wait_until(lambda: any(row["in_flight"] for row in daemon.sidecars()), "it is held")
-        daemon.process.send_signal(signal.SIGTERM)
+        daemon.send_signal(signal.SIGTERM)
         wait_until(lambda: daemon.ask("GET", "/health")[0] == 503, "it drains")
         health = daemon.ask("GET", "/health")[2]
         refused = daemon.chat("held")

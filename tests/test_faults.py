@@ -14,7 +14,6 @@ import http.client
 import itertools
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from tests.daemon import (
     Daemon,
     free_port_range,
     is_alive,
+    killed_by,
     running_daemon,
     wait_until,
 )
@@ -46,6 +46,7 @@ FAULTS = (
     "ignores terminate",
     "wrong port",
 )
+SIGSTOP = 19  # Windows has no name for it
 MOMENTS = ("loading", "idle", "prefill", "mid-stream", "stopping")
 FLOOD = 4 << 20  # bytes: many times what a pipe holds
 AT_ONCE = 8  # rows that run at the same time
@@ -132,7 +133,7 @@ def stopping(fault: str, told: Told = FINE, **more: Any) -> Row:
 
 FAILED_LOAD = "model_load_failed"
 FAILED = "upstream_failed"
-KILLED = "killed by signal 9"
+KILLED = killed_by(SIGKILL)
 STUCK = "nothing has moved for"
 SILENT = {"load_gate": True, "load_silent": True}
 LIAR = {"health_status": 500, "health_gate": True}
@@ -169,7 +170,7 @@ ROWS = (
     ),
     loading("wrong port", Told(504, "load_timeout", "silent"), "new", start={"bind_other_port": 1}),
     idle("killed", "new", do=signal_child(SIGKILL)),
-    idle("hangs", "new", do=signal_child(signal.SIGSTOP)),
+    idle("hangs", "new", do=signal_child(SIGSTOP)),
     idle("floods", "same", start={"flood_bytes_when_ready": FLOOD}),
     idle("half a header, then closed", "same", start=CURT, do=open_gate("health_gate")),
     idle("lies on /health", "same", start=LIAR, do=open_gate("health_gate")),
@@ -183,7 +184,7 @@ ROWS = (
     prefill(
         *("hangs", Told(502, FAILED, STUCK), "new"),
         fake={"answer_gate": True},
-        do=signal_child(signal.SIGSTOP),
+        do=signal_child(SIGSTOP),
         note="the whole process",
     ),
     prefill("floods", FINE, "same", fake={"flood_bytes_per_request": FLOOD}),
@@ -219,7 +220,7 @@ ROWS = (
     ),
     mid_stream("exits with 0", CUT, "new", fake={"die_mid_stream": 2, "die_code": 0}),
     stopping("killed", start={"ignore_sigterm": True}, do=signal_child(SIGKILL)),
-    stopping("hangs", first=signal_child(signal.SIGSTOP), is_in_time=False),
+    stopping("hangs", first=signal_child(SIGSTOP), is_in_time=False),
     stopping("floods", start={"flood_bytes_when_told": FLOOD}),
     stopping("half a header, then silence", told=DELETED, fake=HALF_HANG),
     stopping("exits with 0"),

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -32,8 +31,11 @@ DESCRIPTORS = 64
 @pytest.fixture(autouse=True)
 def many_descriptors() -> None:
     """This process holds the other end of each connection."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
 
 
 def read_answer(sock: socket.socket) -> tuple[int, bytes]:

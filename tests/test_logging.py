@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import logging
 import re
 import socket
 import subprocess
@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+import llama_sidecar
 from tests.daemon import (
     CHAT,
     FAKE_SERVER,
     ROOT,
     Daemon,
+    bare_environment,
     free_port_range,
+    own_console,
     running_daemon,
     wait_until,
 )
@@ -226,7 +229,7 @@ def quiet_daemon(folder: Path, level: str) -> Iterator[Daemon]:
     ports = free_port_range()
     first, last = (int(port) for port in ports.split("-"))
     settings = {
-        "PATH": os.environ["PATH"],
+        **bare_environment(),
         "LLAMA_SERVER_BIN": str(FAKE_SERVER),
         "MODEL_DIR_MAP_FILE": str(map_file),
         "LLAMA_SIDECAR_BIND": f"127.0.0.1:{first}",
@@ -240,7 +243,8 @@ def quiet_daemon(folder: Path, level: str) -> Iterator[Daemon]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        **own_console(),
     ) as process:
         daemon = Daemon(process, folder)
         daemon.port = first
@@ -256,3 +260,29 @@ def quiet_daemon(folder: Path, level: str) -> Iterator[Daemon]:
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_log_file_that_cannot_be_renamed_goes_on_and_is_rotated_later(tmp_path: Path) -> None:
+    file, in_the_way = tmp_path / "log.txt", tmp_path / "log.txt.aside"
+    handler = llama_sidecar._LogFile(file, maxBytes=100, backupCount=2, encoding="utf-8")
+    with contextlib.closing(handler):
+        in_the_way.mkdir()
+        for number in range(10):
+            handler.emit(logging.makeLogRecord({"msg": f"line {number} " + "." * 50}))
+        assert len(file.read_text().splitlines()) == 10
+        assert [each.name for each in tmp_path.glob("*.1")] == []
+        in_the_way.rmdir()
+        handler.retry_at = 0.0
+        handler.emit(logging.makeLogRecord({"msg": "after"}))
+    assert file.read_text() == "after\n"
+    assert len((tmp_path / "log.txt.1").read_text().splitlines()) == 10
+
+
+@pytest.mark.skipif(sys.platform != "win32", reason="elsewhere an open file can be renamed")
+def test_a_log_file_that_another_program_reads_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    handler = llama_sidecar._LogFile(file, maxBytes=100, backupCount=2, encoding="utf-8")
+    with contextlib.closing(handler), file.open() as reading:
+        for number in range(10):
+            handler.emit(logging.makeLogRecord({"msg": f"line {number} " + "." * 50}))
+        assert len(reading.read().splitlines()) == 10

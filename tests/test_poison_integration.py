@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -154,8 +155,10 @@ def in_flight(daemon: Daemon, model: str) -> int:
 
 def cpu_s(pid: int) -> float:
     """Of all its threads, user and system. proc_pid_stat(5)"""
+    if sys.platform == "win32":
+        raise OSError("there is no /proc")
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return (int(fields[11]) + int(fields[12])) / float(os.sysconf("SC_CLK_TCK"))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

