@@ -272,7 +272,7 @@ class Wine:
                 start_new_session=True,
             )
         # Wine's desktop, started for this one, would else hold the next program's pipe.
-        self.run([windows_python() / "python.exe", "--version"])
+        self.run([str(windows_python() / "python.exe"), "--version"])
 
     def end(self) -> None:
         """End every program of this Windows."""
