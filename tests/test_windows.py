@@ -282,6 +282,8 @@ def nssm_service(windows: Wine, env: Settings, log: Path) -> Iterator[None]:
 
     do("install", NAME, windows_path(EXE))
     try:
+        known = [str(nssm), "get", NAME, "Application"]  # NSSM may go on in a process of its own
+        wait_until(lambda: windows.run(known).returncode == 0, "NSSM has installed it")
         do("set", NAME, "AppEnvironmentExtra", *(f"{name}={value}" for name, value in env.items()))
         do("set", NAME, "AppStdout", windows_path(log))
         do("set", NAME, "AppStderr", windows_path(log))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import subprocess
 import sys
@@ -262,19 +261,18 @@ class Wine:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run(["wineboot", "-i"])
         self.run(["winecfg", "-v", "win10"])
-        # Wine ends, services included, with its last program: this one waits for input. It
-        # also makes Wine start its desktop, which would else hold the next program's pipe.
-        waiting = "import sys; print('up', flush=True); sys.stdin.read()"
-        self._keeper = subprocess.Popen(
-            [wine(), str(windows_python() / "python.exe"), "-c", waiting],
-            env=self.environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        assert self._keeper.stdout is not None
-        select.select([self._keeper.stdout], [], [], START_S)
+        # Wine ends, services included, with its last program: this one waits for a key.
+        with Path("/dev/zero").open("rb") as zeros:
+            self._keeper = subprocess.Popen(
+                [wine(), "cmd", "/c", "pause"],
+                env=self.environment(),
+                stdin=zeros,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        # Wine's desktop, started for this one, would else hold the next program's pipe.
+        self.run([str(windows_python() / "python.exe"), "--version"])
 
     def end(self) -> None:
         """End every program of this Windows."""
