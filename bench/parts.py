@@ -2,8 +2,8 @@
 
 The upstreams are what the daemon takes for llama-server: a launcher of a few lines of
 shell, which becomes nginx with one static answer ("instant" models), bench/streams.py
-("stream" models) or bench/sink.py ("sink" models). Direct requests go to the very same
-process, with the key that the daemon gave it.
+("stream" models) or bench/sink.py ("sink" and "parsing" models). Direct requests go
+to the very same process, with the key that the daemon gave it.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ printf %s "$LLAMA_API_KEY" >@FOLDER@/"$port.key"
 case "$model" in
   *.stream) exec @PYTHON@ @BENCH@/streams.py serve "$port" ;;
   *.sink) exec @PYTHON@ @BENCH@/sink.py "$port" ;;
+  *.parsing) exec @PYTHON@ @BENCH@/sink.py "$port" parse ;;
 esac
 sed -e "s/@PORT@/$port/" -e "s/@KEY@/$LLAMA_API_KEY/" @FOLDER@/nginx.conf >@FOLDER@/"$port.conf"
 exec @NGINX@ -p @FOLDER@ -e stderr -c @FOLDER@/"$port.conf"

@@ -8,12 +8,14 @@ place of the daemon; the daemon's own numbers for the same work stand beside it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import secrets
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,12 @@ def rows(bench: Bench, stack: contextlib.ExitStack) -> Mapping[str, Row]:
     except RuntimeError as exc:
         print(f"no router mode to compare with: {exc}", file=sys.stderr)
     try:
-        program = litellm_program()
+        proxy = stack.enter_context(running_litellm(bench, litellm_program()))
     except BenchError as exc:
         print(f"no LiteLLM to compare with: {exc}", file=sys.stderr)
     else:
-        proxy = LiteLLM(bench, program, stack)
-        found["litellm"] = Row("a peer: LiteLLM's proxy, the instant upstream", proxy.measure)
+        title = "a peer: LiteLLM's proxy, the instant upstream"
+        found["litellm"] = Row(title, functools.partial(litellm, proxy))
     return found
 
 
@@ -145,52 +147,49 @@ def litellm_program() -> Path:
     return program
 
 
-class LiteLLM:
-    """Its proxy over the shared daemon's instant upstream, up from its first round on."""
+@contextlib.contextmanager
+def running_litellm(bench: Bench, program: Path) -> Iterator[Target]:
+    """Its proxy over the shared daemon's instant upstream. Raises BenchError."""
+    upstream = bench.shared().upstream("instant", bench.launcher)
+    target = Target(free_port(), "sk-" + secrets.token_urlsafe(24))
+    model = {
+        "model": "openai/instant",
+        "api_base": f"http://127.0.0.1:{upstream.port}/v1",
+        "api_key": upstream.key,
+    }
+    config = bench.folder / "litellm.yaml"  # JSON is YAML too
+    entry = {"model_name": "instant", "litellm_params": model}
+    config.write_text(json.dumps({"model_list": [entry]}))
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": target.key}
+    command = [str(program), "--config", str(config), "--host", "127.0.0.1"]
+    log = bench.folder / "litellm.log"
+    with started([*command, "--port", str(target.port)], environment, log) as process:
 
-    def __init__(self, bench: Bench, program: Path, stack: contextlib.ExitStack) -> None:
-        self._bench = bench
-        self._program = program
-        self._stack = stack
-        self._port = 0
-
-    def measure(self, bench: Bench) -> Found:
-        daemon = bench.shared()
-        direct = daemon.upstream("instant", bench.launcher)
-        if not self._port:
-            self._port = self._start(direct)
-        ways = {"base": direct, "LiteLLM": Target(self._port), "llama-sidecar": daemon.target("")}
-        found: Found = {}
-        for connections in (1, MANY):
-            load = wrk.Load(connections, bench.settings.seconds, chat())
-            results = {way: bench.wrk(load, target) for way, target in ways.items()}
-            base = results.pop("base")
-            for way, result in results.items():
-                where = f"{connections} connection{'s' if connections > 1 else ''}, {way}"
-                found[f"p50 us, {where}"] = (base.p50_us, result.p50_us)
-                found[f"requests/s, {where}"] = (base.rate, result.rate)
-        return found
-
-    def _start(self, upstream: Target) -> int:
-        port = free_port()
-        model = {
-            "model": "openai/instant",
-            "api_base": f"http://127.0.0.1:{upstream.port}/v1",
-            "api_key": upstream.key,
-        }
-        config = self._bench.folder / "litellm.yaml"  # JSON is YAML too
-        entry = {"model_name": "instant", "litellm_params": model}
-        config.write_text(json.dumps({"model_list": [entry]}))
-        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        environment |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
-        command = [str(self._program), "--config", str(config), "--host", "127.0.0.1"]
-        log = self._bench.folder / "litellm.log"
-        self._stack.enter_context(started([*command, "--port", str(port)], environment, log))
-
-        def is_answered() -> bool:
+        def is_answered_or_ended() -> bool:
+            if process.poll() is not None:
+                return True
             with contextlib.suppress(OSError):
-                return ask(Target(port), "POST", CHAT, chat())[0] == 200
+                return ask(target, "POST", CHAT, chat())[0] == 200
             return False
 
-        poll(is_answered, "LiteLLM answers a chat")
-        return port
+        poll(is_answered_or_ended, "LiteLLM answers a chat")
+        if process.poll() is not None:
+            raise BenchError(f"LiteLLM ended with exit code {process.returncode}")
+        yield target
+
+
+def litellm(proxy: Target, bench: Bench) -> Found:
+    daemon = bench.shared()
+    direct = daemon.upstream("instant", bench.launcher)
+    ways = {"base": direct, "LiteLLM": proxy, "llama-sidecar": daemon.target("instant")}
+    found: Found = {}
+    for connections in (1, MANY):
+        load = wrk.Load(connections, bench.settings.seconds, chat())
+        results = {way: bench.wrk(load, target) for way, target in ways.items()}
+        base = results.pop("base")
+        for way, result in results.items():
+            where = f"{connections} connection{'s' if connections > 1 else ''}, {way}"
+            found[f"p50 us, {where}"] = (base.p50_us, result.p50_us)
+            found[f"requests/s, {where}"] = (base.rate, result.rate)
+    return found

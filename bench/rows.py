@@ -84,10 +84,10 @@ class Bench:
         self._kept: dict[str, Daemon] = {}
 
     def setup(self, *models: str, max_sidecars: int = 8) -> Setup:
-        """A daemon over the launcher; all models but "stream" and "sink" are instant."""
+        """A daemon over the launcher; models that are called so have a kind of their own."""
         files = {}
         for model in models:
-            kind = model if model in ("stream", "sink") else "instant"
+            kind = model if model in ("stream", "sink", "parsing") else "instant"
             files[model] = self.folder / f"{model}.{kind}"
             files[model].touch()
         return Setup(self.program, self.launcher.path, files, max_sidecars)
@@ -108,7 +108,7 @@ class Bench:
             yield daemon
 
     def shared(self) -> Daemon:
-        return self.kept_daemon("shared", "instant", "stream", "sink")
+        return self.kept_daemon("shared", "instant", "stream", "sink", "parsing")
 
     def wrk(self, load: wrk.Load, target: Target) -> wrk.Result:
         return wrk.run(load, target, self.folder)
@@ -277,33 +277,29 @@ def memory(bench: Bench) -> Found:
 
 def bodies(bench: Bench) -> Found:
     found: Found = {}
+    upstreams = {"sink": "", "parsing": ", upstream that reads JSON"}
     for name, size in (("200 kB", 200_000), ("20 MB", BIG_BYTES)):
-        body = large_chat(size)
-        load = wrk.Load(1, bench.settings.seconds, body)
+        for model, where in upstreams.items():
+            load = wrk.Load(1, bench.settings.seconds, large_chat(model, size))
 
-        def measure(target: Target, load: wrk.Load = load, name: str = name) -> Found:
-            rate = bench.wrk(load, target).rate * len(load.body) / 1e6
-            return {f"{name}: MB/s": (None, rate)}
+            def measure(target: Target, load: wrk.Load = load) -> Found:
+                return {"MB/s": (None, bench.wrk(load, target).rate * len(load.body) / 1e6)}
 
-        found |= bench.both("sink", measure)
+            found[f"{name}: MB/s{where}"] = bench.both(model, measure)["MB/s"]
     return found | peak_memory(bench)
 
 
-def large_chat(chars: int) -> bytes:
-    """A conversation of about so many bytes for the upstream that reads it all."""
-    return (
-        chat_body(chars)
-        .replace('"model": "m"', '"model": "sink"', 1)
-        .replace('"stream": true', '"stream": false')
-        .encode()
-    )
+def large_chat(model: str, size: int) -> bytes:
+    """A conversation of about so many bytes, whose answer is wanted in one piece."""
+    body = json.loads(chat_body(size))
+    return json.dumps({**body, "model": model, "stream": False}).encode()
 
 
 def peak_memory(bench: Bench) -> Found:
     """What one large body takes in a fresh daemon, in sizes of that body."""
     with bench.fresh_daemon("sink") as daemon:
         before_mb = daemon.memory_mb("VmRSS")
-        body = large_chat(BIG_BYTES)
+        body = large_chat("sink", BIG_BYTES)
         status, answer = ask(daemon.target("sink"), "POST", CHAT, body)
         if status != 200:
             raise BenchError(f"the daemon answers {status} to a body of 20 MB: {answer}")
@@ -411,41 +407,47 @@ def start_ms(bench: Bench, program: Path) -> float:
 # --- growth
 
 
+def cost(bench: Bench, daemon: Daemon, load: wrk.Load) -> tuple[float, float]:
+    """A request's median time and the daemon's processor time, both in us."""
+    before_s = daemon.cpu_s()
+    result = bench.wrk(load, daemon.target("instant"))
+    return result.p50_us, (daemon.cpu_s() - before_s) / result.requests * 1e6
+
+
 def growth(bench: Bench) -> Found:
     """One connection to the first of 1, 10 and 50 sidecars, each lot in a daemon of its own."""
-    p50_us = {}
+    costs = {}
     for count in KNOWN[:: -1 if bench.round % 2 else 1]:
         models = [f"m{number}" for number in range(count)]
         daemon = bench.kept_daemon(f"of {count}", *models, max_sidecars=count)
-        load = wrk.Load(1, bench.settings.seconds, chat("m0"))
-        p50_us[count] = bench.wrk(load, daemon.target("m0")).p50_us
+        costs[count] = cost(bench, daemon, wrk.Load(1, bench.settings.seconds, chat("m0")))
     first, *others = KNOWN
-    return {
-        f"p50 us with {count} sidecars, against {first}": (p50_us[first], p50_us[count])
-        for count in others
-    }
+    found: Found = {}
+    for place, name in enumerate(("p50 us", "processor time us")):
+        for count in others:
+            pair = (costs[first][place], costs[count][place])
+            found[f"{name} with {count} sidecars, against {first}"] = pair
+    return found
 
 
 def fields(bench: Bench) -> Found:
     """What a header that means nothing costs, and a flag that was judged before."""
-    daemon = bench.shared()
     names = [f"X-Nothing-{number}: {'v' * 20}" for number in range(HEADERS)]
-    loads = {
-        "plain": (),
-        "headers": tuple(names),
-        "flags": (f"X-Agent-Flags: {TWENTY_FLAGS}",),
-    }
-    p50_us = {
-        name: bench.wrk(
-            wrk.Load(1, bench.settings.seconds, chat(), headers=headers), daemon.target("instant")
-        ).p50_us
-        for name, headers in loads.items()
-    }
     flags = sum(word.startswith("-") for word in TWENTY_FLAGS.split())
-    return {
-        "us for each header": (None, (p50_us["headers"] - p50_us["plain"]) / HEADERS),
-        "us for each flag": (None, (p50_us["flags"] - p50_us["plain"]) / flags),
+    kinds = {
+        "header": (HEADERS, tuple(names)),
+        "flag": (flags, (f"X-Agent-Flags: {TWENTY_FLAGS}",)),
     }
+    daemon = bench.shared()
+    plain = cost(bench, daemon, wrk.Load(1, bench.settings.seconds, chat()))
+    found: Found = {}
+    for kind, (count, headers) in kinds.items():
+        load = wrk.Load(1, bench.settings.seconds, chat(), headers=headers)
+        for name, before, after in zip(
+            ("us", "us of processor time"), plain, cost(bench, daemon, load), strict=True
+        ):
+            found[f"{name} for each {kind} of {count}"] = (None, (after - before) / count)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
