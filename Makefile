@@ -50,7 +50,7 @@ build: $(READY) ## make the one-file program dist/llama-sidecar
 	$(VENV_PYTHON) -m PyInstaller --noconfirm --log-level WARN build.spec
 	@ls -l dist/llama-sidecar
 
-bench: $(READY) ## measure what the daemon adds to a request
+bench: $(READY) ## measure what the daemon adds to a request (needs wrk and nginx)
 	@$(VENV_PYTHON) bench/proxy_overhead.py $(ARGS)
 
 bench-flags: $(READY) ## measure what judging the flags of a request costs

@@ -40,6 +40,7 @@ STREAM_HEAD = (
 )
 DONE = b"data: [DONE]\n\n"
 END = b"0\r\n\r\n"
+OK = b"HTTP/1.1 200 "
 
 _STAMP = re.compile(rb'"t":([0-9.]+)')
 
@@ -158,6 +159,7 @@ class Reader:
         self.arrivals: list[float] = []  # of the pieces that end an event
         self.delays_s: list[float] = []
         self.ended_at = 0.0
+        self._start = b""
         self._tail = b""  # of an event that has not ended
         self._last = b""
 
@@ -169,8 +171,10 @@ class Reader:
             raise ValueError("the stream was cut")
         if not self.first_byte_s:
             self.first_byte_s = now - self.sent_at
-            if not data.startswith(b"HTTP/1.1 200 "):
-                raise ValueError(f"no stream: {data[:300]!r}")
+        if len(self._start) < len(OK):
+            self._start = (self._start + data)[:300]
+            if not self._start.startswith(OK[: len(self._start)]):
+                raise ValueError(f"no stream: {self._start!r}")
         self._last = (self._last + data)[-LAST_BYTES:]
         data = self._tail + data
         cut = data.rfind(b"\n\n") + 2
