@@ -34,6 +34,7 @@ TEXT = "/v1/completions"
 PATIENCE_S = 60.0  # for any one thing to happen
 STOP_S = 15.0  # more than the daemon gives its children
 POLL_S = 0.002
+TAIL_WORDS = "The last lines of"
 WORDS = 8  # in the answer that nginx gives as a stream of events
 
 NGINX_CONF = """\
@@ -181,8 +182,10 @@ def started(
     try:
         yield process
     except BenchError as exc:
+        if TAIL_WORDS in str(exc):
+            raise
         tail = "\n".join(log.read_text(errors="backslashreplace").splitlines()[-15:])
-        raise BenchError(f"{exc}\nThe last lines of {log.name}:\n{tail}") from exc
+        raise BenchError(f"{exc}\n{TAIL_WORDS} {log.name}:\n{tail}") from exc
     finally:
         end(process)
 

@@ -438,7 +438,7 @@ def fields(bench: Bench) -> Found:
         "header": (HEADERS, tuple(names)),
         "flag": (flags, (f"X-Agent-Flags: {TWENTY_FLAGS}",)),
     }
-    daemon = bench.shared()
+    daemon = bench.kept_daemon("of fields", "instant")  # its flags start a second sidecar
     plain = cost(bench, daemon, wrk.Load(1, bench.settings.seconds, chat()))
     found: Found = {}
     for kind, (count, headers) in kinds.items():
