@@ -34,6 +34,7 @@ TEXT = "/v1/completions"
 PATIENCE_S = 60.0  # for any one thing to happen
 STOP_S = 15.0  # more than the daemon gives its children
 POLL_S = 0.002
+CLOCK_TICKS_PER_S = 100  # of /proc/PID/stat, whatever the kernel's own clock
 TAIL_WORDS = "The last lines of"
 WORDS = 8  # in the answer that nginx gives as a stream of events
 
@@ -331,7 +332,7 @@ class Daemon:
         """Processor time so far, of the daemon without its children."""
         stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         user, system = stat.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return (int(user) + int(system)) / CLOCK_TICKS_PER_S
 
 
 @contextlib.contextmanager

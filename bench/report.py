@@ -196,7 +196,7 @@ def circumstances(daemon: Path) -> dict[str, object]:
             "system": platform.platform(),
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
-            "load": os.getloadavg(),
+            "load": Path("/proc/loadavg").read_text().split()[:3],
         },
         "versions": {
             "python": f"{platform.python_implementation()} {platform.python_version()}",
