@@ -59,7 +59,7 @@ build-windows: $(READY) ## make dist/llama-sidecar.exe, on Linux (wine64, gcc-mi
 $(WINDOWS_EXE): $(READY) $(wildcard *.py) flags.json build.spec tests/windows_parts.py
 	@$(VENV_PYTHON) -m tests.windows_parts build
 
-bench: $(READY) ## measure what the daemon adds to a request
+bench: $(READY) ## measure what the daemon adds to a request (needs wrk and nginx)
 	@$(VENV_PYTHON) bench/proxy_overhead.py $(ARGS)
 
 bench-flags: $(READY) ## measure what judging the flags of a request costs
