@@ -821,7 +821,10 @@ class ChunkedDecoder:
 
 
 class Wire:
-    """Reads one peer's messages from a socket, in bounded pieces and bounded time."""
+    """Reads one peer's messages from a socket, in bounded pieces and bounded time.
+
+    `before_read`, if given, returns once there is something to read.
+    """
 
     def __init__(self, sock: socket.socket, before_read: Callable[[], None] | None = None):
         self._sock = sock
@@ -835,7 +838,8 @@ class Wire:
             return data
         if self._before_read:
             self._before_read()
-        self._sock.settimeout(timeout_s)
+        elif not winsvc.wait_readable([self._sock], timeout_s):
+            raise TimeoutError("nothing came")
         return self._sock.recv(RECEIVE_BYTES)
 
     def head_block(self, first_timeout_s: float | None, timeout_s: float) -> bytes | None:
@@ -862,6 +866,20 @@ class Wire:
                 raise MalformedMessage("the connection ended within a message head")
             data += more
         return None
+
+
+def _send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
+    """Send it all; the socket does not block. Raises OSError.
+
+    TimeoutError if for `timeout_s` the peer takes nothing.
+    """
+    sent = 0
+    while sent < len(data):
+        try:
+            sent += sock.send(memoryview(data)[sent:])
+        except BlockingIOError:
+            if not winsvc.wait_writable(sock, timeout_s):
+                raise TimeoutError("the peer takes nothing") from None
 
 
 def _check_size(data: bytes) -> None:
@@ -1051,6 +1069,9 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        # Nothing waits in a call on the socket itself: the system is asked whether it is
+        # ready only where it has to be waited for, not before each call as for a timeout.
+        self.connection.setblocking(False)
         self.wire = Wire(self.connection)
         self.close_connection = False
 
@@ -1364,8 +1385,7 @@ class Handler(BaseHTTPRequestHandler):
     def _write(self, data: bytes) -> None:
         """Send to the client. Raises ClientGone if it takes nothing for SEND_TIMEOUT_S."""
         try:
-            self.connection.settimeout(SEND_TIMEOUT_S)
-            self.connection.sendall(data)
+            _send_all(self.connection, data, SEND_TIMEOUT_S)
         except OSError as exc:
             raise ClientGone from exc
 
@@ -1548,7 +1568,6 @@ def _date_at(second: int) -> str:
 def _has_left(client: socket.socket) -> bool:
     """Whether a readable client socket has ended rather than sent its next request."""
     try:
-        client.settimeout(0.0)
         return not client.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
         return False
@@ -1723,8 +1742,7 @@ class _Relay:
             raise failure(self._failure_words(exc)) from exc
 
     def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
-        connection.sock.settimeout(UPSTREAM_SEND_TIMEOUT_S)
-        connection.sock.sendall(self._head_for_child() + self._body)
+        _send_all(connection.sock, self._head_for_child() + self._body, UPSTREAM_SEND_TIMEOUT_S)
         for _ in range(5):
             block = wire.head_block(None, HEAD_TIMEOUT_S)
             if block is None:
@@ -1756,13 +1774,12 @@ class _Relay:
     def _await(self, upstream: socket.socket) -> None:
         """Wait until the child says something. Raises ClientGone if the client leaves first."""
         client = self._handler.connection
-        while self._watches_client:
-            ready = winsvc.wait_readable([upstream, client], None)
-            if upstream in ready:
-                return
+        watched = [upstream, client] if self._watches_client else [upstream]
+        while upstream not in winsvc.wait_readable(watched, None):
             if _has_left(client):
                 raise ClientGone
             self._watches_client = False  # it has sent its next request already
+            watched = [upstream]
 
     def _answer(self, wire: Wire, head: Head, length: int) -> bool:
         """Pass the answer on; True if the child's connection can serve again."""

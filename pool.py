@@ -170,7 +170,7 @@ class Upstream:
         self.is_closed = False
 
     def take(self, *, fresh: bool = False) -> Connection:
-        """An open connection, a kept one if there is one and not `fresh`.
+        """An open connection, a kept one if there is one and not `fresh`; it does not block.
 
         Blocks for at most CONNECT_TIMEOUT_S. Raises OSError.
         """
@@ -181,7 +181,7 @@ class Upstream:
             self.drop(kept)
         sock = socket.create_connection(("127.0.0.1", self.port), CONNECT_TIMEOUT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(None)
+        sock.setblocking(False)
         connection = Connection(sock)
         with self._lock:
             if not self.is_closed:

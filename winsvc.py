@@ -321,6 +321,10 @@ if sys.platform == "win32":
         """Those of at most a few sockets that can be read from, or have ended."""
         return select.select(sockets, [], [], timeout_s)[0]
 
+    def wait_writable(sock: socket.socket, timeout_s: float) -> bool:
+        """Whether more can be sent, or the connection has ended, within so many seconds."""
+        return any(select.select([], [sock], [sock], timeout_s))
+
     def claim(listener: socket.socket) -> None:
         """Before bind: no second program may listen on this port beside us."""
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
@@ -419,6 +423,12 @@ else:
             poll.register(sock, select.POLLIN)
         ready = poll.poll(None if timeout_s is None else timeout_s * 1000)
         return [s for s in sockets for descriptor, _ in ready if s.fileno() == descriptor]
+
+    def wait_writable(sock: socket.socket, timeout_s: float) -> bool:
+        """Whether more can be sent, or the connection has ended, within so many seconds."""
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        return bool(poll.poll(timeout_s * 1000))
 
     def claim(listener: socket.socket) -> None:
         """Before bind: a port whose last connections linger may be taken again."""
