@@ -413,26 +413,14 @@ def read_config(variables: Mapping[str, str]) -> Config:
     base_args = env.read("BASE_ARGS", _strings, list[str]())
     api_key = env.read("LLAMA_SIDECAR_API_KEY", _key, "") or None
     is_open = env.read("LLAMA_SIDECAR_ALLOW_NO_KEY", _either("0", "1"), False)
-    if bind[1] in ports or len(ports) < max_sidecars:
-        env.faults.append(
-            f"PORT_RANGE: {ports.start}-{ports.stop - 1}: takes at least MAX_SIDECARS "
-            f"({max_sidecars}) ports, and not the port of LLAMA_SIDECAR_BIND ({bind[1]})"
-        )
+    env.faults += _port_faults(ports, max_sidecars, bind[1])
     if not _is_loopback(bind[0]) and not api_key and not is_open:
         env.faults.append(
             f"LLAMA_SIDECAR_BIND: {bind[0]!r}: others can reach this address: set "
             "LLAMA_SIDECAR_API_KEY, or LLAMA_SIDECAR_ALLOW_NO_KEY=1 if that is meant"
         )
     model_map = variables.get("MODEL_DIR_MAP_FILE", "")
-    rules = FlagRules(
-        base_args=tuple(base_args),
-        opened_to_agents=env.read("LLAMA_SIDECAR_AGENT_FLAGS", _anything, ""),
-        folder=Path(model_map).absolute().parent,
-        unknown_flags_for_agents=env.read(
-            "LLAMA_SIDECAR_UNKNOWN_FLAGS", _either("refuse", "allow"), False
-        ),
-        share=env.read("LLAMA_SIDECAR_SHARE", _either("off", "on"), True),
-    )
+    rules = _flag_rules(env, base_args, Path(model_map).absolute().parent)
     stamp = _stamp(server_bin) if server_bin else ()
     validator = _validator(rules, _table_of(server_bin, env.faults), env.faults)
     models = _read_models(model_map, validator, env.faults)
@@ -466,6 +454,27 @@ def read_config(variables: Mapping[str, str]) -> Config:
     return config
 
 
+def _port_faults(ports: range, max_sidecars: int, own_port: int) -> list[str]:
+    if own_port not in ports and len(ports) >= max_sidecars:
+        return []
+    fault = (
+        f"PORT_RANGE: {ports.start}-{ports.stop - 1}: takes at least MAX_SIDECARS "
+        f"({max_sidecars}) ports, and not the port of LLAMA_SIDECAR_BIND ({own_port})"
+    )
+    return [fault]
+
+
+def _flag_rules(env: _Environment, base_args: Sequence[str], folder: Path) -> FlagRules:
+    unknown = env.read("LLAMA_SIDECAR_UNKNOWN_FLAGS", _either("refuse", "allow"), False)
+    return FlagRules(
+        base_args=tuple(base_args),
+        opened_to_agents=env.read("LLAMA_SIDECAR_AGENT_FLAGS", _anything, ""),
+        folder=folder,
+        unknown_flags_for_agents=unknown,
+        share=env.read("LLAMA_SIDECAR_SHARE", _either("off", "on"), True),
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
@@ -483,10 +492,20 @@ def _table_of(server_bin: Path | None, faults: list[str]) -> FlagTable:
     if server_bin is None:
         return FlagTable.built_in()
     try:
-        return FlagTable.built_in().for_binary(probe_help(server_bin))
+        return _asked_table(server_bin)
     except HelpUnavailable as exc:
         faults.append(printable(f"LLAMA_SERVER_BIN: {exc}"))
         return FlagTable.built_in()
+
+
+def _asked_table(server_bin: Path) -> FlagTable:
+    """What this llama-server knows, asked in the environment that it will run in.
+
+    Blocks for at most 30 s. Raises HelpUnavailable.
+    """
+    with winsvc.private_dir() as empty:
+        environment = winsvc.child_environment(Path(empty), {})
+        return FlagTable.built_in().for_binary(probe_help(server_bin, environment))
 
 
 def _validator(rules: FlagRules, table: FlagTable, faults: list[str]) -> Validator:
@@ -538,7 +557,7 @@ class LiveCatalog:
 
     def _renewed(self) -> Catalog:
         try:
-            table = FlagTable.built_in().for_binary(probe_help(self._server_bin))
+            table = _asked_table(self._server_bin)
             catalog = self._catalog.read_anew(self._rules.validator(table))
         except (HelpUnavailable, FlagsRefused) as exc:
             log.warning("%s has changed, and cannot be used: %s", self._server_bin, exc)

@@ -1665,7 +1665,6 @@ def _operator_text_faults(args: Sequence[object]) -> list[str]:
 # --- Asking the binary
 
 if sys.platform == "win32":
-    _KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "TEMP", "TMP")
 
     def _spawn(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, creationflags=subprocess.CREATE_NO_WINDOW, **options)
@@ -1674,7 +1673,6 @@ if sys.platform == "win32":
         child.kill()
 
 else:
-    _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR")
 
     def _spawn(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, start_new_session=True, **options)
@@ -1683,26 +1681,17 @@ else:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def probe_help(
-    binary: Path, timeout_s: float = 30.0, environment: Mapping[str, str] | None = None
-) -> str:
+def probe_help(binary: Path, environment: Mapping[str, str], timeout_s: float = 30.0) -> str:
     """What `binary --help` prints. Blocks for at most about `timeout_s` seconds.
 
-    The environment is scrubbed, since llama-server reads LLAMA_ARG_* before
+    The environment must hold no LLAMA_ARG_*: llama-server reads them before
     anything else. Raises HelpUnavailable, in words for the operator.
     """
-    with tempfile.TemporaryDirectory(prefix="llama-sidecar-") as empty:
-        scrubbed = _scrubbed(empty) if environment is None else dict(environment)
-        text = _output(binary, timeout_s, scrubbed)
+    text = _output(binary, timeout_s, dict(environment))
     named = {name for row in _help_rows(text) for name in row.names}
     if not {"--model", "--host", "--port"} <= named:
         raise HelpUnavailable(f"{binary} --help does not read like that of a llama-server")
     return text
-
-
-def _scrubbed(empty_folder: str) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    return kept | {"XDG_CONFIG_HOME": empty_folder, "APPDATA": empty_folder}
 
 
 def _output(binary: Path, timeout_s: float, environment: dict[str, str]) -> str:

@@ -10,7 +10,15 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import winsvc
 from tests.daemon import wait_until
+from validator import probe_help
+
+
+def help_of(binary: Path, timeout_s: float = 30.0) -> str:
+    """What its --help says, in the environment that the daemon gives to its children."""
+    with winsvc.private_dir() as empty:
+        return probe_help(binary, winsvc.child_environment(Path(empty), {}), timeout_s)
 
 
 class LlamaServer:

@@ -19,6 +19,7 @@ import pytest
 
 from tests import real_parts, windows_parts
 from tests.daemon import started_daemon
+from tests.llama_server import help_of
 from tests.test_flags_integration import (
     SHOWN_BY_NEWER,
     Look,
@@ -27,7 +28,7 @@ from tests.test_flags_integration import (
     own_props,
 )
 from tests.test_integration import settings, sidecar
-from validator import FlagTable, probe_help
+from validator import FlagTable
 
 pytestmark = pytest.mark.windows
 
@@ -105,7 +106,7 @@ def spellings_with_arity(help_text: str) -> dict[str, int]:
 
 
 def test_every_spelling_of_its_help_is_built_in_with_the_same_arity(llama_server: Path) -> None:
-    help_text = probe_help(llama_server, timeout_s=WINE_START_S)
+    help_text = help_of(llama_server, timeout_s=WINE_START_S)
     named = spellings_with_arity(help_text)
     known = FlagTable.built_in().spellings
     assert len(named) > 400

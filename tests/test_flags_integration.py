@@ -24,7 +24,7 @@ import pytest
 import winsvc
 from tests import real_parts
 from tests.daemon import CHAT, ROOT, Daemon, free_port_range, started_daemon
-from tests.llama_server import LlamaServer, started_server
+from tests.llama_server import LlamaServer, help_of, started_server
 from tests.test_integration import settings, sidecar
 from validator import (
     Body,
@@ -36,7 +36,6 @@ from validator import (
     RequestDefaults,
     Resolved,
     Validator,
-    probe_help,
 )
 
 pytestmark = pytest.mark.integration
@@ -228,7 +227,7 @@ class Servers:
 
     def __init__(self, folder: Path, kept: contextlib.ExitStack) -> None:
         self.folder = folder
-        self.table = FlagTable.built_in().for_binary(probe_help(real_parts.llama_server_bin()))
+        self.table = FlagTable.built_in().for_binary(help_of(real_parts.llama_server_bin()))
         self._kept = kept
         self._plain: dict[tuple[Path, tuple[str, ...]], LlamaServer] = {}
         self._seen_without: dict[Look, object] = {}

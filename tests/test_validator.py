@@ -16,6 +16,7 @@ import pytest
 
 import validator
 from tests import real_parts
+from tests.llama_server import help_of
 from validator import (
     FlagsRefused,
     FlagTable,
@@ -1030,7 +1031,7 @@ def test_the_help_text_is_asked_for_in_a_scrubbed_environment(
     monkeypatch.setenv("HF_TOKEN", "geheim")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "help").write_text(HELP_OLDEST, encoding="utf-8")
-    text = validator.probe_help(
+    text = help_of(
         program(
             tmp_path,
             f'test "$1" = --help && cat {tmp_path}/help && env && '
@@ -1051,7 +1052,7 @@ def test_the_program_cannot_wait_for_the_daemons_own_input(tmp_path: Path) -> No
     silent, writer = os.pipe()
     os.dup2(silent, 0)
     try:
-        assert validator.probe_help(file, timeout_s=5) == HELP_OLDEST
+        assert help_of(file, timeout_s=5) == HELP_OLDEST
     finally:
         os.dup2(own_input, 0)
         for fd in (own_input, silent, writer):
@@ -1072,12 +1073,12 @@ def test_the_program_cannot_wait_for_the_daemons_own_input(tmp_path: Path) -> No
 )
 def test_a_program_that_is_no_llama_server_is_named(tmp_path: Path, script: str, why: str) -> None:
     with pytest.raises(HelpUnavailable, match=re.escape(why)):
-        validator.probe_help(program(tmp_path, script), timeout_s=0.5)
+        help_of(program(tmp_path, script), timeout_s=0.5)
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
     with pytest.raises(HelpUnavailable, match="cannot be started"):
-        validator.probe_help(tmp_path / "missing")
+        help_of(tmp_path / "missing")
 
 
 # --- The table itself
@@ -1148,7 +1149,7 @@ def llama_server() -> Path:
 
 @pytest.fixture(scope="module")
 def help_text(llama_server: Path) -> str:
-    return validator.probe_help(llama_server)
+    return help_of(llama_server)
 
 
 @pytest.fixture(scope="module")
