@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import dataclasses
 import enum
+import functools
 import io
 import json
 import os
@@ -215,16 +216,7 @@ if sys.platform == "win32":
         Children start inside the job, so none can slip out before it is assigned.
         Raises OSError.
         """
-        kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
-        kernel32.CreateJobObjectW.restype = wintypes.HANDLE
-        kernel32.GetCurrentProcess.restype = wintypes.HANDLE
-        kernel32.SetInformationJobObject.argtypes = [
-            wintypes.HANDLE,
-            ctypes.c_int,
-            ctypes.c_void_p,
-            wintypes.DWORD,
-        ]
-        kernel32.AssignProcessToJobObject.argtypes = [wintypes.HANDLE, wintypes.HANDLE]
+        kernel32 = _kernel32()
         job = kernel32.CreateJobObjectW(None, None)
         limits = _ExtendedLimits()
         limits.Basic.LimitFlags = _JOB_KILL_ON_CLOSE
@@ -279,8 +271,18 @@ if sys.platform == "win32":
     _PROCESS_TERMINATE = 0x0001
     _PROCESS_QUERY_LIMITED = 0x1000
 
+    @functools.cache
     def _kernel32() -> ctypes.WinDLL:
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)
+        kernel32.CreateJobObjectW.restype = wintypes.HANDLE
+        kernel32.GetCurrentProcess.restype = wintypes.HANDLE
+        kernel32.SetInformationJobObject.argtypes = [
+            wintypes.HANDLE,
+            ctypes.c_int,
+            ctypes.c_void_p,
+            wintypes.DWORD,
+        ]
+        kernel32.AssignProcessToJobObject.argtypes = [wintypes.HANDLE, wintypes.HANDLE]
         kernel32.OpenProcess.restype = wintypes.HANDLE
         kernel32.OpenProcess.argtypes = [wintypes.DWORD, wintypes.BOOL, wintypes.DWORD]
         kernel32.CloseHandle.argtypes = [wintypes.HANDLE]
@@ -555,7 +557,7 @@ if sys.platform == "win32":
     _SC_ALL_ACCESS, _SERVICE_ALL_ACCESS = 0xF003F, 0xF01FF
     _SC_CONNECT, _SERVICE_QUERY = 0x1, 0x4
     _OWN_PROCESS, _AUTO_START, _ERROR_NORMAL = 0x10, 2, 1
-    _CONFIG_DESCRIPTION, _CONFIG_FAILURE_ACTIONS, _CONFIG_PRESHUTDOWN = 1, 2, 7
+    _CONFIG_DESCRIPTION, _CONFIG_FAILURE_ACTIONS = 1, 2
     _ACTION_RESTART = 1
     _ERROR_CALL_NOT_IMPLEMENTED, _ERROR_NOT_ACTIVE = 120, 1062
     _ADVICE = {5: "run as administrator", 1060: "install it first: llama-sidecar service install"}
@@ -591,6 +593,7 @@ if sys.platform == "win32":
             ("actions", ctypes.POINTER(_FailureAction)),
         ]
 
+    @functools.cache
     def _advapi32() -> ctypes.WinDLL:
         library = ctypes.WinDLL("advapi32", use_last_error=True)
         handle, text, number = wintypes.HANDLE, wintypes.LPCWSTR, wintypes.DWORD
