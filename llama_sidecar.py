@@ -1805,10 +1805,11 @@ class _Relay:
         self.status = int(head.start[2])
         handler = self._handler
         handler.close_connection = handler.wants_close
-        is_chunked = length in (CHUNKED, UNTIL_CLOSE) and self._request.minor_version == 1
-        if length in (CHUNKED, UNTIL_CLOSE) and not is_chunked:
+        has_begun = self._has_begun()  # with a head that says chunked
+        has_no_length = length in (CHUNKED, UNTIL_CLOSE)
+        is_chunked = has_begun or (has_no_length and self._request.minor_version == 1)
+        if has_no_length and not is_chunked:
             handler.close_connection = True
-        has_begun = self._has_begun()
         start = b"" if has_begun else self._head_for_client(head, length, is_chunked)
         pieces = _body_pieces(wire, length)
         try:

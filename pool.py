@@ -470,7 +470,7 @@ class Pool:
         with self._changed:
             now = time.monotonic()
             sidecar = self._serving_locked(ticket)
-            if sidecar and sidecar.state is not State.STOPPING:
+            if sidecar and sidecar.state is State.STARTING:
                 return f"loading model {now - sidecar.started:.1f}s"
             ahead = sum(t.arrived < ticket.arrived for t in self._waiting)
             return f"waiting for a place, {ahead} ahead {now - ticket.arrived:.1f}s"

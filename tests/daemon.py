@@ -232,6 +232,23 @@ def bare_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
+def read_all(sock: socket.socket) -> bytes:
+    """Everything until the daemon closes the connection; TimeoutError if it never does."""
+    pieces = []
+    while data := sock.recv(65536):
+        pieces.append(data)
+    return b"".join(pieces)
+
+
+def read_until(sock: socket.socket, wanted: bytes) -> bytes:
+    data = b""
+    while wanted not in data:
+        more = sock.recv(65536)
+        assert more, f"it closed before {wanted!r}: {data!r}"
+        data += more
+    return data
+
+
 def free_port_range(count: int = 20) -> str:
     """FIRST-LAST of ports that nobody listens on now, below the ephemeral ones."""
     first = 20000 + (os.getpid() * 7919 + time.monotonic_ns() // 1000) % 10000

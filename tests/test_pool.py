@@ -743,6 +743,13 @@ def test_a_larger_one_that_need_not_run_dry_any_more_takes_smaller_work_again(
                 assert lease.sidecar is busy.sidecar
 
 
+def test_who_waits_for_one_that_runs_dry_is_not_told_that_it_loads(tmp_path: Path) -> None:
+    with bench_in(tmp_path) as bench, bench.lease("m") as lease:
+        lease.sidecar.is_draining = True
+        waiting = pool.Ticket(bench.spec("m"), False, time.monotonic())
+        assert bench.pool.progress(waiting).startswith("waiting for a place, 0 ahead")
+
+
 # --- health
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.daemon import CHAT, Daemon, running_daemon, wait_until
+from tests.daemon import CHAT, Daemon, read_all, read_until, running_daemon, wait_until
 
 WISH = {"X-Sidecar-Progress": "comments"}
 LOADING = re.compile(r": loading model \d+\.\ds")
@@ -46,19 +46,6 @@ def ask(
     sock = daemon.connect()
     sock.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     return sock
-
-
-def read_until(sock: socket.socket, wanted: bytes) -> bytes:
-    data = b""
-    while wanted not in data:
-        more = sock.recv(65536)
-        assert more, f"the connection ended without {wanted!r}: {data!r}"
-        data += more
-    return data
-
-
-def read_to_end(sock: socket.socket) -> bytes:
-    return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
 def unchunked(body: bytes) -> tuple[bytes, bool]:
@@ -198,7 +185,7 @@ def test_the_official_client_reads_past_the_comments(tmp_path: Path) -> None:
 
 def cut_off(sock: socket.socket, begun: bytes) -> dict[str, Any]:
     """The error event that is the last thing sent, ahead of a cut."""
-    _, events, is_ended = split(begun + read_to_end(sock))
+    _, events, is_ended = split(begun + read_all(sock))
     assert not is_ended
     assert [event for event in events[:-1] if not event.startswith(": ")] == []
     (data,) = [line for line in events[-1].splitlines() if line.startswith("data: ")]
@@ -266,6 +253,23 @@ def test_a_child_that_refuses_after_a_comment_is_an_error_event_and_a_cut(
         assert cut_off(sock, begun)["error"]["code"] == code
 
 
+def test_a_stream_whose_length_is_known_is_chunked_after_comments(tmp_path: Path) -> None:
+    fake = {
+        "answer_status": 200,
+        "answer_body": "data: {}\n\ndata: [DONE]\n\n",
+        "extra_headers": {"Content-Type": "text/event-stream"},
+    }
+    with (
+        running_daemon(tmp_path, {"m": {"load_gate": True}}) as daemon,
+        ask(daemon, "m", fields={"fake": fake}) as sock,
+    ):
+        begun = read_until(sock, b"\n\n\r\n")
+        daemon.open_gate("m", "load_gate")
+        _, events, is_ended = split(begun + read_until(sock, b"\r\n0\r\n\r\n"))
+    assert events[-2:] == ["data: {}", "data: [DONE]"]
+    assert is_ended
+
+
 def test_a_stream_that_breaks_after_comments_is_cut(tmp_path: Path) -> None:
     with (
         running_daemon(tmp_path, {"m": {"load_gate": True}}) as daemon,
@@ -273,7 +277,7 @@ def test_a_stream_that_breaks_after_comments_is_cut(tmp_path: Path) -> None:
     ):
         begun = read_until(sock, b"\n\n\r\n")
         daemon.open_gate("m", "load_gate")
-        _, events, is_ended = split(begun + read_to_end(sock))
+        _, events, is_ended = split(begun + read_all(sock))
     assert not is_ended
     assert sum(event.startswith("data: ") for event in events) >= 2
 

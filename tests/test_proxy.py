@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.daemon import CHAT, Daemon, killed_by, running_daemon, wait_until
+from tests.daemon import CHAT, Daemon, killed_by, read_all, read_until, running_daemon, wait_until
 
 MODELS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -57,23 +56,6 @@ def request_bytes(body: bytes, *headers: str, version: str = "1.1") -> bytes:
 
 def chat_body(model: str, **fields: object) -> bytes:
     return json.dumps({"model": model, "messages": [], **fields}).encode()
-
-
-def read_all(sock: socket.socket) -> bytes:
-    """Everything until the daemon closes the connection; TimeoutError if it never does."""
-    pieces = []
-    while data := sock.recv(65536):
-        pieces.append(data)
-    return b"".join(pieces)
-
-
-def read_until(sock: socket.socket, wanted: bytes) -> bytes:
-    data = b""
-    while wanted not in data:
-        more = sock.recv(65536)
-        assert more, f"it closed before {wanted!r}: {data!r}"
-        data += more
-    return data
 
 
 def answer_until_close(daemon: Daemon, request: bytes) -> tuple[bytes, bytes]:
