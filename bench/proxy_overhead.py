@@ -31,14 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from bench import peers, report  # noqa: E402
+from bench import peers, proxy_report  # noqa: E402
 from bench.parts import BenchError, missing_programs  # noqa: E402
 from bench.rows import QUICK, ROWS, Bench, Found, Row, Settings  # noqa: E402
 
 DEFAULT_JSON = ROOT / ".cache" / "bench" / "proxy_overhead.json"
 
 
-def measure(bench: Bench, rows: Mapping[str, Row]) -> list[report.Result]:
+def measure(bench: Bench, rows: Mapping[str, Row]) -> list[proxy_report.Result]:
     """Every row in every round."""
     found: dict[str, list[Found]] = {name: [] for name in rows}
     for number in range(bench.settings.rounds):
@@ -53,11 +53,11 @@ def measure(bench: Bench, rows: Mapping[str, Row]) -> list[report.Result]:
     return [
         result
         for name, row in rows.items()
-        for result in report.summarize(name, row.title, found[name])
+        for result in proxy_report.summarize(name, row.title, found[name])
     ]
 
 
-def run(options: argparse.Namespace, settings: Settings) -> list[report.Result]:
+def run(options: argparse.Namespace, settings: Settings) -> list[proxy_report.Result]:
     rows = {name: ROWS[name] for name in options.only}
     with (
         tempfile.TemporaryDirectory(prefix="proxy-overhead-") as folder,
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, settings: Settings) -> list[report.Result]:
 
 def compare(files: Sequence[Path]) -> int:
     first, second = (json.loads(file.read_text()) for file in files)
-    print(report.comparison(first, second))
+    print(proxy_report.comparison(first, second))
     return 0
 
 
@@ -110,20 +110,20 @@ def main(argv: Sequence[str]) -> int:
     if options.rounds:
         settings = dataclasses.replace(settings, rounds=options.rounds)
     begun = time.monotonic()
-    about = report.circumstances(options.daemon)
+    about = proxy_report.circumstances(options.daemon)
     try:
         results = run(options, settings)
     except BenchError as exc:
         print(f"proxy_overhead: {exc}", file=sys.stderr)
         return 1
-    judged = report.judge(results)
+    judged = proxy_report.judge(results)
     about |= {"settings": dataclasses.asdict(settings), "is_quick": options.quick}
     about["took_s"] = round(time.monotonic() - begun, 1)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**about, "results": results, "targets": judged}, indent=1)
     options.json.write_text(text + "\n")
-    print(report.table(results, judged))
-    missed = report.misses(judged)
+    print(proxy_report.table(results, judged))
+    missed = proxy_report.misses(judged)
     if options.check:
         print("\n".join(["", f"{len(missed)} targets missed", *missed]))
     return 1 if options.check and missed else 0

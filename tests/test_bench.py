@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import proxy_report
 from bench.parts import answers_health, end, free_port
 from bench.rows import Found, run_streams
 from bench.streams import STREAM_HEAD, Reader, as_chunk
@@ -56,13 +56,13 @@ def test_a_target_is_met_at_its_limit_and_scales_with_the_base(
     base: float | None,
     is_met: bool,
 ) -> None:
-    target = report.Target("one", "p50 us", "added", is_at_most, limit, where_base_is)
+    target = proxy_report.Target("one", "p50 us", "added", is_at_most, limit, where_base_is)
 
     assert target.is_met(value, base) is is_met
 
 
 def test_every_target_names_a_column() -> None:
-    assert {target.column for target in report.TARGETS} <= set(report.COLUMNS)
+    assert {target.column for target in proxy_report.TARGETS} <= set(proxy_report.COLUMNS)
 
 
 def test_added_and_ratio_are_medians_within_a_round() -> None:
@@ -70,18 +70,18 @@ def test_added_and_ratio_are_medians_within_a_round() -> None:
         {"p50 us": pair} for pair in ((10.0, 30.0), (100.0, 110.0), (20.0, 25.0))
     ]
 
-    (result,) = report.summarize("one", "1 connection", rounds)
+    (result,) = proxy_report.summarize("one", "1 connection", rounds)
 
-    shown = {column: result[column] for column in report.COLUMNS}
+    shown = {column: result[column] for column in proxy_report.COLUMNS}
     assert shown == {"base": 20.0, "daemon": 30.0, "added": 10.0, "ratio": 1.25}
 
 
 def test_what_was_not_measured_is_no_miss() -> None:
     rounds: list[Found] = [{"p50 us": (40.0, 200.0)}]
 
-    judged = report.judge(report.summarize("one", "1 connection", rounds))
+    judged = proxy_report.judge(proxy_report.summarize("one", "1 connection", rounds))
 
-    assert report.misses(judged) == [
+    assert proxy_report.misses(judged) == [
         "one: p50 us: added is 160.00, added <= 120.00 MISSED",
         "one: p50 us: ratio is 5.00, ratio <= 4.00 MISSED",
     ]
@@ -95,7 +95,7 @@ def test_two_runs_are_compared_by_ratio(tmp_path: Path) -> None:
     files = []
     for name, values in (("a", (40.0, 200.0)), ("b", (40.0, 100.0))):
         found: Found = {"p50 us": values}
-        results = report.summarize("one", "1 connection", [found])
+        results = proxy_report.summarize("one", "1 connection", [found])
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps({"results": results}))
 
