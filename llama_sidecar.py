@@ -2222,6 +2222,7 @@ def serve(config: Config, stops: Stops, when_serving: Callable[[], None] = lambd
     Raises OSError if it cannot listen.
     """
     winsvc.contain_children()
+    winsvc.end_with_launcher()
     winsvc.restore_dll_search()
     winsvc.raise_descriptor_limit()
     for orphan in winsvc.end_orphans(config.state_dir):

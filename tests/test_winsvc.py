@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import winsvc
-from tests.daemon import SIGKILL, Daemon, is_alive, running_daemon, wait_until
+from tests.daemon import SIGKILL, Daemon, bare_environment, is_alive, running_daemon, wait_until
 
 TELL = """
 import json, os, stat, sys
@@ -66,6 +67,71 @@ def test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours()
     assert {name: value for name, value in told["env"].items() if name != "LC_CTYPE"} == {
         "GIVEN": "yes"
     }
+
+
+# A child of Windows: its console, its process group's mark (ConsoleFlags of the process's
+# parameters, 1 where Ctrl-C is ignored), its standard handles, and what it reads of a file
+# whose handle is said to be inherited.
+TELL_ON_WINDOWS = """
+import ctypes, json, msvcrt, os, sys
+kernel32 = ctypes.WinDLL("kernel32")
+ntdll = ctypes.WinDLL("ntdll")
+ntdll.RtlGetCurrentPeb.restype = ctypes.c_uint64
+parameters = ctypes.c_uint64.from_address(ntdll.RtlGetCurrentPeb() + 0x20).value
+try:
+    found = os.read(msvcrt.open_osfhandle(int(sys.argv[1]), os.O_RDONLY), 100).decode()
+except OSError:
+    found = "nothing"
+print(json.dumps({
+    "consoles": kernel32.GetConsoleProcessList((ctypes.c_uint32 * 4)(), 4),
+    "is_deaf_to_ctrl_c": bool(ctypes.c_uint32.from_address(parameters + 0x18).value & 1),
+    "stdin": os.read(0, 100).decode(),
+    "found": found,
+}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "win32", reason="handles and consoles are Windows' own")
+@pytest.mark.parametrize("is_ours", [True, False], ids=["of the daemon", "of another program"])
+def test_a_child_gets_no_console_a_group_of_its_own_and_no_handle_but_the_pipe(
+    tmp_path: Path, is_ours: bool
+) -> None:
+    import msvcrt
+
+    (tmp_path / "secret").write_text("the secret")
+    with (tmp_path / "secret").open("rb") as ours:
+        handle = msvcrt.get_osfhandle(ours.fileno())
+        os.set_handle_inheritable(handle, True)
+        argv = [sys.executable, "-c", TELL_ON_WINDOWS, str(handle)]
+        if is_ours:
+            process = winsvc.spawn(argv, bare_environment())
+            told = json.loads(b"".join(winsvc.output_lines(process, 1 << 20)))
+            assert process.wait(10) == 0
+        else:  # a program that takes no such care: what the child tells is true
+            flags = subprocess.CREATE_NEW_CONSOLE
+            done = subprocess.run(
+                argv, stdout=subprocess.PIPE, close_fds=False, check=True, creationflags=flags
+            )
+            told = json.loads(done.stdout)
+    assert told["found"] == ("nothing" if is_ours else "the secret")
+    assert (told["consoles"] == 0) is is_ours
+    assert told["is_deaf_to_ctrl_c"] is is_ours
+    assert told["stdin"] == ""
+
+
+@pytest.mark.skipif(sys.platform != "win32", reason="elsewhere it is a variable")
+def test_the_folder_of_libraries_that_a_frozen_program_set_is_taken_back(tmp_path: Path) -> None:
+    kernel32 = winsvc._kernel32()
+
+    def folder() -> str:
+        found = ctypes.create_unicode_buffer(500)
+        kernel32.GetDllDirectoryW(500, found)
+        return found.value
+
+    kernel32.SetDllDirectoryW(str(tmp_path))
+    assert folder() == str(tmp_path)
+    winsvc.restore_dll_search()
+    assert folder() == ""
 
 
 def test_a_program_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
@@ -250,7 +316,7 @@ def test_a_process_is_ended_only_by_its_own_stamp() -> None:
     with spawned(WAIT) as process:
         stamp = winsvc.process_stamp(process.pid)
         assert stamp
-        for wrong in ("", "x", stamp + "0", stamp[:-1], stamp.replace(" ", "")):
+        for wrong in ("", "x", stamp + "0", stamp[:-1], stamp[1:]):
             assert not winsvc.end_process(process.pid, wrong)
         assert is_alive(process.pid)
         assert winsvc.end_process(process.pid, stamp)
