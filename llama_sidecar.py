@@ -2543,7 +2543,8 @@ def _manage_task(action: str) -> int:
         print(f"installed: {winsvc.TASK_NAME} runs at logon, with the variables set now")
     elif action == "remove":
         winsvc.remove_task()
-        _task_file().unlink(missing_ok=True)
+        for file in (_task_file(), _task_file().with_name("task.xml")):
+            file.unlink(missing_ok=True)
         print("removed")
     else:
         print(winsvc.task_status())

@@ -717,12 +717,9 @@ if sys.platform == "win32":
         _store_environment(variables)
 
     def _describe(library: ctypes.WinDLL, service: int) -> None:
-        description = _Description(SERVICE_WORDS)
-        restart = (_FailureAction * 3)(*[_FailureAction(_ACTION_RESTART, RESTART_AFTER_MS)] * 3)
-        actions = _FailureActions(FAILURES_FORGOTTEN_AFTER_S, None, None, 3, restart)
         for kind, value in (
-            (_CONFIG_DESCRIPTION, description),
-            (_CONFIG_FAILURE_ACTIONS, actions),
+            (_CONFIG_DESCRIPTION, _Description(SERVICE_WORDS)),
+            (_CONFIG_FAILURE_ACTIONS, _restarts()),
             (_CONFIG_FAILURE_FLAG, wintypes.BOOL(True)),  # also if it ends in order, not with 0
             (_CONFIG_PRESHUTDOWN, wintypes.DWORD(PRESHUTDOWN_MS)),
         ):
@@ -730,6 +727,11 @@ if sys.platform == "win32":
             is_of_wine = ctypes.get_last_error() == _ERROR_INVALID_LEVEL  # it has no such flag
             if not is_set and not (kind == _CONFIG_FAILURE_FLAG and is_of_wine):
                 raise _system_refused()
+
+    def _restarts() -> _FailureActions:
+        """Another start after each failure; the last of the three stands for all that follow."""
+        actions = (_FailureAction * 3)(*[_FailureAction(_ACTION_RESTART, RESTART_AFTER_MS)] * 3)
+        return _FailureActions(FAILURES_FORGOTTEN_AFTER_S, None, None, 3, actions)
 
     _SERVICE_KEY: Final = rf"SYSTEM\CurrentControlSet\Services\{SERVICE_NAME}"
 

@@ -8,11 +8,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,47 +93,75 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(sys.platform != "win32", reason="handles and consoles are Windows' own")
-@pytest.mark.parametrize("is_ours", [True, False], ids=["of the daemon", "of another program"])
-def test_a_child_gets_no_console_a_group_of_its_own_and_no_handle_but_the_pipe(
-    tmp_path: Path, is_ours: bool
-) -> None:
+if sys.platform == "win32":
     import msvcrt
 
-    (tmp_path / "secret").write_text("the secret")
-    with (tmp_path / "secret").open("rb") as ours:
-        handle = msvcrt.get_osfhandle(ours.fileno())
-        os.set_handle_inheritable(handle, True)
-        argv = [sys.executable, "-c", TELL_ON_WINDOWS, str(handle)]
-        if is_ours:
-            process = winsvc.spawn(argv, bare_environment())
-            told = json.loads(b"".join(winsvc.output_lines(process, 1 << 20)))
-            assert process.wait(10) == 0
-        else:  # a program that takes no such care: what the child tells is true
-            flags = subprocess.CREATE_NEW_CONSOLE
-            done = subprocess.run(
-                argv, stdout=subprocess.PIPE, close_fds=False, check=True, creationflags=flags
-            )
-            told = json.loads(done.stdout)
-    assert told["found"] == ("nothing" if is_ours else "the secret")
-    assert (told["consoles"] == 0) is is_ours
-    assert told["is_deaf_to_ctrl_c"] is is_ours
-    assert told["stdin"] == ""
+    @pytest.mark.parametrize("is_ours", [True, False], ids=["of the daemon", "of another program"])
+    def test_a_child_gets_no_console_a_group_of_its_own_and_no_handle_but_the_pipe(
+        tmp_path: Path, is_ours: bool
+    ) -> None:
+        (tmp_path / "secret").write_text("the secret")
+        with (tmp_path / "secret").open("rb") as ours:
+            handle = msvcrt.get_osfhandle(ours.fileno())
+            os.set_handle_inheritable(handle, True)
+            argv = [sys.executable, "-c", TELL_ON_WINDOWS, str(handle)]
+            told = told_by(argv) if is_ours else told_without_care(argv)
+        assert told["found"] == ("nothing" if is_ours else "the secret")
+        assert (told["consoles"] == 0) is is_ours
+        assert told["is_deaf_to_ctrl_c"] is is_ours
+        assert told["stdin"] == ""
 
+    def told_by(argv: list[str]) -> dict[str, Any]:
+        process = winsvc.spawn(argv, bare_environment())
+        told: dict[str, Any] = json.loads(b"".join(winsvc.output_lines(process, 1 << 20)))
+        assert process.wait(10) == 0
+        return told
 
-@pytest.mark.skipif(sys.platform != "win32", reason="elsewhere it is a variable")
-def test_the_folder_of_libraries_that_a_frozen_program_set_is_taken_back(tmp_path: Path) -> None:
-    kernel32 = winsvc._kernel32()
+    def told_without_care(argv: list[str]) -> dict[str, Any]:
+        """By a child of a program that does none of it: what the child tells is true."""
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            close_fds=False,
+            check=True,
+            creationflags=subprocess.CREATE_NEW_CONSOLE,
+        )
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
 
-    def folder() -> str:
-        found = ctypes.create_unicode_buffer(500)
-        kernel32.GetDllDirectoryW(500, found)
-        return found.value
+    def test_the_folder_of_libraries_that_a_frozen_program_set_is_taken_back(
+        tmp_path: Path,
+    ) -> None:
+        kernel32 = winsvc._kernel32()
 
-    kernel32.SetDllDirectoryW(str(tmp_path))
-    assert folder() == str(tmp_path)
-    winsvc.restore_dll_search()
-    assert folder() == ""
+        def folder() -> str:
+            found = ctypes.create_unicode_buffer(500)
+            kernel32.GetDllDirectoryW(500, found)
+            return found.value
+
+        kernel32.SetDllDirectoryW(str(tmp_path))
+        assert folder() == str(tmp_path)
+        winsvc.restore_dll_search()
+        assert folder() == ""
+
+    def test_after_a_failure_the_service_is_started_again_in_five_seconds() -> None:
+        raw = bytes(winsvc._restarts())
+        # SERVICE_FAILURE_ACTIONSW and SC_ACTION, winsvc.h: with 64-bit pointers
+        seconds, message, command, count, address = struct.unpack("<IxxxxQQIxxxxQ", raw)
+        assert (seconds, message, command, count) == (86_400, 0, 0, 3)
+        actions = ctypes.string_at(address, 8 * count)
+        assert list(struct.iter_unpack("<iI", actions)) == [(1, 5000)] * 3  # SC_ACTION_RESTART
+
+    def test_access_denied_comes_in_the_systems_words_with_number_and_advice(
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        connect_only = 0x1  # SC_MANAGER_CONNECT, as a user who is no administrator may
+        monkeypatch.setattr(winsvc, "_SC_ALL_ACCESS", connect_only)
+        with pytest.raises(winsvc.SystemRefused) as refused:
+            winsvc.install_service(["x.exe"], {})
+        words = ctypes.FormatError(5).strip().rstrip(".")
+        assert str(refused.value) == f"{words} (error 5): run as administrator"
 
 
 def test_a_program_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
