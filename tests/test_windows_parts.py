@@ -29,7 +29,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(windows_parts.PACKAGES, "wine64", str(tmp_path / "wine64"))
-    with pytest.raises(RuntimeError, match="apt-get install wine64 gcc-mingw-w64-x86-64$"):
+    with pytest.raises(RuntimeError, match=r"apt-get install wine64 gcc-mingw-w64-x86-64$"):
         windows_parts.check_packages("wine64", "gcc-mingw-w64-x86-64")
     done = subprocess.run(
         [sys.executable, "-m", "tests.windows_parts", "unit", "tests/test_service.py"],

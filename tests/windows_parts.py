@@ -362,7 +362,8 @@ def passing_prefix() -> Iterator[Wine]:
 def build() -> Path:
     """EXE, by PyInstaller under Wine; two builds of one commit are equal. Raises RuntimeError.
 
-    It must not be larger than MOST_EXE_BYTES, nor take MOST_EXE_START_S to start.
+    It must not be larger than MOST_EXE_BYTES, nor take MOST_EXE_START_S to start: that is
+    judged where this machine has nothing else to do.
     """
     check_packages("wine64", "gcc-mingw-w64-x86-64")
     python = windows_python()
@@ -386,14 +387,13 @@ def build() -> Path:
         if done.returncode or not EXE.exists():
             said = done.stdout.decode(errors="replace")[-3000:]
             raise RuntimeError(f"PyInstaller failed:\n{said}")
-        start_s = _seconds_to_start(windows)
-        for _ in range(9):  # of a busy machine the best try counts
-            start_s = min(start_s, _seconds_to_start(windows))
-            if start_s < MOST_EXE_START_S / 2:
-                break
+        start_s = min(_seconds_to_start(windows) for _ in range(3))
     size = EXE.stat().st_size
-    print(f"{EXE}: {size:,} bytes, starts in {start_s:.2f} s")
-    if size > MOST_EXE_BYTES or start_s >= MOST_EXE_START_S:
+    load = float(Path("/proc/loadavg").read_text().split()[0])
+    is_busy = load > (os.cpu_count() or 1)  # then its seconds say nothing
+    judged = ", not judged: the machine is busy" if is_busy else ""
+    print(f"{EXE}: {size:,} bytes, starts in {start_s:.2f} s{judged}")
+    if size > MOST_EXE_BYTES or (start_s >= MOST_EXE_START_S and not is_busy):
         EXE.unlink()
         limits = f"{MOST_EXE_BYTES:,} bytes and {MOST_EXE_START_S:g} s"
         raise RuntimeError(f"that is more than the limits, {limits}")
