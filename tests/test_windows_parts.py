@@ -82,4 +82,22 @@ def test_a_run_that_died_is_no_success_and_says_so(tmp_path: Path) -> None:
     rows = windows_parts._rows(tmp_path / "nothing.xml", windows_parts._row_of_exe_test)
     died = Outcome("exe", 0, rows, "no summary")
     assert not died.is_good
-    assert "exe: IT DIED" in windows_parts._closing_table([died])
+    table = windows_parts._closing_table([died]).splitlines()
+    assert "exe: IT DIED" in table
+    assert table[-1] == "Windows: 0 passed, 0 failed, 0 skipped, 1 DIED"
+
+
+def test_what_failed_is_named_as_pytest_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "report.xml").write_text(REPORT)
+    assert windows_parts._failed(tmp_path / "report.xml") == [
+        "tests/test_windows.py::test_it_says_its_version",
+        "tests/test_windows.py::test_what_it_prints[a]",
+    ]
+
+
+def test_what_passed_at_the_second_try_only_is_named() -> None:
+    rows = {"unit": Tally(passed=9)}
+    mended = Outcome("part 1", 0, rows, "9 passed", [], ["tests/test_pool.py::test_x"])
+    table = windows_parts._closing_table([mended]).splitlines()
+    assert "passed at the second try only: tests/test_pool.py::test_x" in table
+    assert table[-1] == "Windows: 9 passed, 0 failed, 0 skipped (1 at the second try)"
