@@ -13,6 +13,7 @@ import enum
 import functools
 import io
 import json
+import math
 import os
 import queue
 import select
@@ -355,11 +356,29 @@ if sys.platform == "win32":
 
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
 
+    _SHUT_DOWN_SEEN_S = 1.0
+
     def wait_readable(
         sockets: Sequence[socket.socket], timeout_s: float | None
     ) -> list[socket.socket]:
         """Those of at most a few sockets that can be read from, or have ended."""
-        return select.select(sockets, [], [], timeout_s)[0]
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            pause_s = max(0.0, min(end - time.monotonic(), _SHUT_DOWN_SEEN_S))
+            ready = select.select(sockets, [], [], pause_s)[0]
+            ready = ready or [sock for sock in sockets if _is_shut_down(sock)]
+            if ready or time.monotonic() >= end:
+                return ready
+
+    def _is_shut_down(sock: socket.socket) -> bool:
+        """Whether another thread of ours has shut it down, which wakes no select here."""
+        try:
+            sock.send(b"")
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def wait_writable(sock: socket.socket, timeout_s: float) -> bool:
         """Whether more can be sent, or the connection has ended, within so many seconds."""

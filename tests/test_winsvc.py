@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,16 @@ def test_waiting_names_the_sockets_that_can_be_read() -> None:
         assert winsvc.wait_readable([a, c], 5) == [a]
         d.close()
         assert winsvc.wait_readable([a, c], 5) == [a, c]
+
+
+def test_who_waits_sees_that_another_thread_has_shut_the_connection_down() -> None:
+    ours, silent = socket.socketpair()
+    with ours, silent, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(winsvc.wait_readable, [ours], 60)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        ours.shutdown(socket.SHUT_RDWR)
+        assert waiting.result(20) == [ours]
 
 
 # --- children of a daemon that is gone
