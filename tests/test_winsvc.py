@@ -15,12 +15,19 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import winsvc
-from tests.daemon import SIGKILL, Daemon, bare_environment, is_alive, running_daemon, wait_until
+from tests.daemon import (
+    ROOT,
+    SIGKILL,
+    Daemon,
+    bare_environment,
+    is_alive,
+    running_daemon,
+    wait_until,
+)
 
 TELL = """
 import json, os, stat, sys
@@ -97,39 +104,44 @@ print(json.dumps({
 if sys.platform == "win32":
     import msvcrt
 
-    @pytest.mark.parametrize("is_ours", [True, False], ids=["of the daemon", "of another program"])
+    STARTING = """
+import os, subprocess, sys
+import winsvc
+os.set_handle_inheritable(int(sys.argv[4]), True)
+if sys.argv[1] == "the daemon":
+    process = winsvc.spawn(sys.argv[2:], dict(os.environ))
+else:  # a program that takes no care: what the child tells is true
+    process = subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE, close_fds=False)
+print(process.communicate()[0].decode())
+"""
+
+    @pytest.mark.parametrize("parent", ["the daemon", "another program"])
     def test_a_child_gets_no_console_a_group_of_its_own_and_no_handle_but_the_pipe(
-        tmp_path: Path, is_ours: bool
+        tmp_path: Path, parent: str
     ) -> None:
+        (tmp_path / "tell.py").write_text(TELL_ON_WINDOWS)
+        (tmp_path / "start.py").write_text(STARTING)
         (tmp_path / "secret").write_text("the secret")
         with (tmp_path / "secret").open("rb") as ours:
             handle = msvcrt.get_osfhandle(ours.fileno())
             os.set_handle_inheritable(handle, True)
-            argv = [sys.executable, "-c", TELL_ON_WINDOWS, str(handle)]
-            told = told_by(argv) if is_ours else told_without_care(argv)
+            starting = [sys.executable, str(tmp_path / "start.py"), parent]
+            telling = [sys.executable, str(tmp_path / "tell.py"), str(handle)]
+            done = subprocess.run(
+                [*starting, *telling],
+                env=bare_environment() | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                close_fds=False,
+                check=True,
+                creationflags=subprocess.CREATE_NEW_CONSOLE,
+            )
+        told = json.loads(done.stdout)
+        is_ours = parent == "the daemon"
         assert told["found"] == ("nothing" if is_ours else "the secret")
         assert (told["consoles"] == 0) is is_ours
         assert told["is_deaf_to_ctrl_c"] is is_ours
         assert told["stdin"] == ""
-
-    def told_by(argv: list[str]) -> dict[str, Any]:
-        process = winsvc.spawn(argv, bare_environment())
-        told: dict[str, Any] = json.loads(b"".join(winsvc.output_lines(process, 1 << 20)))
-        assert process.wait(10) == 0
-        return told
-
-    def told_without_care(argv: list[str]) -> dict[str, Any]:
-        """By a child of a program that does none of it: what the child tells is true."""
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            close_fds=False,
-            check=True,
-            creationflags=subprocess.CREATE_NEW_CONSOLE,
-        )
-        told: dict[str, Any] = json.loads(done.stdout)
-        return told
 
     def test_the_folder_of_libraries_that_a_frozen_program_set_is_taken_back(
         tmp_path: Path,
@@ -147,9 +159,10 @@ if sys.platform == "win32":
         assert folder() == ""
 
     def test_after_a_failure_the_service_is_started_again_in_five_seconds() -> None:
-        raw = bytes(winsvc._restarts())
+        restarts = winsvc._restarts()
         # SERVICE_FAILURE_ACTIONSW and SC_ACTION, winsvc.h: with 64-bit pointers
-        seconds, message, command, count, address = struct.unpack("<IxxxxQQIxxxxQ", raw)
+        found = struct.unpack("<IxxxxQQIxxxxQ", bytes(restarts))
+        seconds, message, command, count, address = found
         assert (seconds, message, command, count) == (86_400, 0, 0, 3)
         actions = ctypes.string_at(address, 8 * count)
         assert list(struct.iter_unpack("<iI", actions)) == [(1, 5000)] * 3  # SC_ACTION_RESTART
