@@ -17,7 +17,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration test-windows test-windows-unit lint build \
+.PHONY: help run test test-unit test-integration test-windows test-windows-exe test-windows-unit lint build \
 	build-windows bench bench-flags bench-trace soak eval clean
 
 help: ## list these targets
@@ -37,11 +37,14 @@ test-unit: $(READY) ## run the tests that need no real llama-server
 test-integration: $(READY) ## run the tests with the real llama-server and real models
 	@$(PYTEST) -m integration $(ARGS)
 
-test-windows: $(WINDOWS_EXE) ## run the tests of the exe under Wine: chats, NSSM, services
-	@$(PYTEST) -m windows $(ARGS)
+test-windows: $(WINDOWS_EXE) ## run the two below, and print a table of what ran under Wine
+	@$(VENV_PYTHON) -m tests.windows_parts test
 
 test-windows-unit: $(READY) ## run the unit suite with the Windows Python under Wine
-	@$(VENV_PYTHON) -m tests.windows_parts test $(ARGS)
+	@$(VENV_PYTHON) -m tests.windows_parts unit $(ARGS)
+
+test-windows-exe: $(WINDOWS_EXE) ## run the tests of the exe under Wine: chats, NSSM, services
+	@$(PYTEST) -m windows $(ARGS)
 
 lint: $(READY) ## check style, format and types, for Linux and for Windows
 	$(VENV_PYTHON) -m ruff check .

@@ -2222,6 +2222,7 @@ def serve(config: Config, stops: Stops, when_serving: Callable[[], None] = lambd
     Raises OSError if it cannot listen.
     """
     winsvc.contain_children()
+    winsvc.end_with_launcher()
     winsvc.restore_dll_search()
     winsvc.raise_descriptor_limit()
     for orphan in winsvc.end_orphans(config.state_dir):
@@ -2542,7 +2543,8 @@ def _manage_task(action: str) -> int:
         print(f"installed: {winsvc.TASK_NAME} runs at logon, with the variables set now")
     elif action == "remove":
         winsvc.remove_task()
-        _task_file().unlink(missing_ok=True)
+        for file in (_task_file(), _task_file().with_name("task.xml")):
+            file.unlink(missing_ok=True)
         print("removed")
     else:
         print(winsvc.task_status())

@@ -13,6 +13,7 @@ import enum
 import functools
 import io
 import json
+import math
 import os
 import queue
 import select
@@ -231,6 +232,34 @@ if sys.platform == "win32":
             raise ctypes.WinError(ctypes.get_last_error())
         _jobs.append(job)  # never closed by us: Windows closes it when we end
 
+    def end_with_launcher() -> None:
+        """End at once when the launcher of a one-file program is killed.
+
+        That is what Windows knows by the program's name and started: the Python
+        below it would live on unseen, and hold its port.
+        """
+        launcher = _open_process(os.getppid(), _SYNCHRONIZE | _PROCESS_QUERY_LIMITED)
+        if not launcher:
+            return
+        if getattr(sys, "frozen", False) and _is_our_file(launcher):
+            start_thread("launcher", _end_after, launcher)
+        else:
+            _kernel32().CloseHandle(launcher)
+
+    def _is_our_file(process: int) -> bool:
+        name = ctypes.create_unicode_buffer(_LONGEST_PATH)
+        length = wintypes.DWORD(_LONGEST_PATH)
+        if not _kernel32().QueryFullProcessImageNameW(process, 0, name, ctypes.byref(length)):
+            return False
+        try:
+            return Path(name.value).samefile(sys.executable)
+        except OSError:
+            return False
+
+    def _end_after(process: int) -> None:
+        _kernel32().WaitForSingleObject(process, _FOR_EVER)
+        os._exit(1)  # `contain_children` takes the children along
+
     def _apart() -> dict[str, Any]:
         """Without our console and process group; `contain_children` ties it to us."""
         flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
@@ -270,6 +299,9 @@ if sys.platform == "win32":
 
     _PROCESS_TERMINATE = 0x0001
     _PROCESS_QUERY_LIMITED = 0x1000
+    _SYNCHRONIZE = 0x100000
+    _FOR_EVER = 0xFFFFFFFF
+    _LONGEST_PATH = 32_768
 
     @functools.cache
     def _kernel32() -> ctypes.WinDLL:
@@ -289,6 +321,13 @@ if sys.platform == "win32":
         kernel32.TerminateProcess.argtypes = [wintypes.HANDLE, wintypes.UINT]
         moment = ctypes.POINTER(wintypes.FILETIME)
         kernel32.GetProcessTimes.argtypes = [wintypes.HANDLE, moment, moment, moment, moment]
+        kernel32.WaitForSingleObject.argtypes = [wintypes.HANDLE, wintypes.DWORD]
+        kernel32.QueryFullProcessImageNameW.argtypes = [
+            wintypes.HANDLE,
+            wintypes.DWORD,
+            wintypes.LPWSTR,
+            ctypes.POINTER(wintypes.DWORD),
+        ]
         return kernel32
 
     def _open_process(pid: int, access: int) -> int | None:
@@ -317,11 +356,29 @@ if sys.platform == "win32":
 
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
 
+    _SHUT_DOWN_SEEN_S = 1.0
+
     def wait_readable(
         sockets: Sequence[socket.socket], timeout_s: float | None
     ) -> list[socket.socket]:
         """Those of at most a few sockets that can be read from, or have ended."""
-        return select.select(sockets, [], [], timeout_s)[0]
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            pause_s = max(0.0, min(end - time.monotonic(), _SHUT_DOWN_SEEN_S))
+            ready = select.select(sockets, [], [], pause_s)[0]
+            ready = ready or [sock for sock in sockets if _is_shut_down(sock)]
+            if ready or time.monotonic() >= end:
+                return ready
+
+    def _is_shut_down(sock: socket.socket) -> bool:
+        """Whether another thread of ours has shut it down, which wakes no select here."""
+        try:
+            sock.send(b"")
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def wait_writable(sock: socket.socket, timeout_s: float) -> bool:
         """Whether more can be sent, or the connection has ended, within so many seconds."""
@@ -337,6 +394,9 @@ else:
 
     def contain_children() -> None:
         """Nothing to do here: each child is tied to us when it is started."""
+
+    def end_with_launcher() -> None:
+        """Nothing to do here: on Linux the launcher's death is a SIGTERM to us."""
 
     def _apart() -> dict[str, Any]:
         """In a session of its own, and yet ended with us."""
@@ -498,6 +558,7 @@ SERVICE_WORDS: Final = "Gives every coding agent a llama-server of its own."
 SERVICE_TICK_S: Final = 1.0  # between two checkpoints while it starts or stops
 SERVICE_HINT_MS: Final = 10_000  # how long Windows may wait for the next one
 RESTART_AFTER_MS: Final = 5_000
+PRESHUTDOWN_MS: Final = 180_000  # before Windows shuts down; newer ones would give 10 s
 FAILURES_FORGOTTEN_AFTER_S: Final = 86_400
 
 _ACCEPT_STOP, _ACCEPT_SHUTDOWN, _ACCEPT_PRESHUTDOWN = 0x1, 0x4, 0x100
@@ -558,8 +619,9 @@ if sys.platform == "win32":
     _SC_CONNECT, _SERVICE_QUERY = 0x1, 0x4
     _OWN_PROCESS, _AUTO_START, _ERROR_NORMAL = 0x10, 2, 1
     _CONFIG_DESCRIPTION, _CONFIG_FAILURE_ACTIONS = 1, 2
+    _CONFIG_FAILURE_FLAG, _CONFIG_PRESHUTDOWN = 4, 7
     _ACTION_RESTART = 1
-    _ERROR_CALL_NOT_IMPLEMENTED, _ERROR_NOT_ACTIVE = 120, 1062
+    _ERROR_CALL_NOT_IMPLEMENTED, _ERROR_INVALID_LEVEL, _ERROR_NOT_ACTIVE = 120, 124, 1062
     _ADVICE = {5: "run as administrator", 1060: "install it first: llama-sidecar service install"}
 
     class _ServiceStatus(ctypes.Structure):
@@ -674,15 +736,21 @@ if sys.platform == "win32":
         _store_environment(variables)
 
     def _describe(library: ctypes.WinDLL, service: int) -> None:
-        description = _Description(SERVICE_WORDS)
-        restart = (_FailureAction * 3)(*[_FailureAction(_ACTION_RESTART, RESTART_AFTER_MS)] * 3)
-        actions = _FailureActions(FAILURES_FORGOTTEN_AFTER_S, None, None, 3, restart)
         for kind, value in (
-            (_CONFIG_DESCRIPTION, description),
-            (_CONFIG_FAILURE_ACTIONS, actions),
+            (_CONFIG_DESCRIPTION, _Description(SERVICE_WORDS)),
+            (_CONFIG_FAILURE_ACTIONS, _restarts()),
+            (_CONFIG_FAILURE_FLAG, wintypes.BOOL(True)),  # also if it ends in order, not with 0
+            (_CONFIG_PRESHUTDOWN, wintypes.DWORD(PRESHUTDOWN_MS)),
         ):
-            if not library.ChangeServiceConfig2W(service, kind, ctypes.byref(value)):
+            is_set = library.ChangeServiceConfig2W(service, kind, ctypes.byref(value))
+            is_of_wine = ctypes.get_last_error() == _ERROR_INVALID_LEVEL  # it has no such flag
+            if not is_set and not (kind == _CONFIG_FAILURE_FLAG and is_of_wine):
                 raise _system_refused()
+
+    def _restarts() -> _FailureActions:
+        """Another start after each failure; the last of the three stands for all that follow."""
+        actions = (_FailureAction * 3)(*[_FailureAction(_ACTION_RESTART, RESTART_AFTER_MS)] * 3)
+        return _FailureActions(FAILURES_FORGOTTEN_AFTER_S, None, None, 3, actions)
 
     _SERVICE_KEY: Final = rf"SYSTEM\CurrentControlSet\Services\{SERVICE_NAME}"
 

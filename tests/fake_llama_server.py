@@ -221,6 +221,15 @@ def flood(total_bytes: int) -> None:
         os.write(1 + sent // len(line) % 2, line)
 
 
+def is_terminal() -> bool:
+    if sys.platform != "win32":
+        return os.isatty(0)
+    import ctypes  # Windows takes its null device for a terminal; only a console has a mode
+
+    input_handle = ctypes.windll.kernel32.GetStdHandle(-10)
+    return bool(ctypes.windll.kernel32.GetConsoleMode(input_handle, ctypes.byref(ctypes.c_int())))
+
+
 def stdin_kind() -> str:
     try:
         found = os.fstat(0)
@@ -229,7 +238,7 @@ def stdin_kind() -> str:
     if stat.S_ISFIFO(found.st_mode):
         return "pipe"
     if stat.S_ISCHR(found.st_mode):
-        return "tty" if os.isatty(0) else "null"
+        return "tty" if is_terminal() else "null"
     return "file"
 
 

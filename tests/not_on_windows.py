@@ -11,6 +11,7 @@ _LINKS = "symbolic links are for administrators there, and Wine 8 makes none"
 _NAMES = "no name of a file holds a quote there"
 _COLON = "llama-server splits this value at each colon: no path with a drive fits"
 _PROC = "it looks into /proc"
+_BENCH = "make bench is for Linux: wrk, nginx, and a load that selects as Linux does"
 _SLOW = "it takes minutes under Wine"
 _TIME = "its time limits are too short for Wine"
 
@@ -42,6 +43,8 @@ REASONS = {
         "Windows has no limit on a process's handles to run into"
     ),
     "test_limits.py::test_a_slow_reader_holds_only_its_own_stream_and_no_memory": _PROC,
+    "test_bench.py::test_what_is_not_installed_is_named": _BENCH,
+    "test_bench.py::test_a_refused_stream_is_a_fault": _BENCH,
     "test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-in.gguf-{}/a.gguf]": _LINKS,
     "test_validator.py::test_the_opened_folder_may_itself_be_a_link": _LINKS,
     'test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-"q""x.gguf"-"{}/q""x.gguf"]': (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -109,3 +111,59 @@ def test_a_tasks_xml_keeps_to_the_schema_of_the_task_scheduler() -> None:
 def test_elsewhere_a_service_is_refused_in_words() -> None:
     with pytest.raises(winsvc.SystemRefused, match="Windows' own"):
         winsvc.start_service()
+
+
+if sys.platform != "win32":  # where a program of PATH would not be found before Windows' own
+    SCHTASKS = """#!/bin/sh
+printf '%s\\n' "$@" >>"$0.asked"
+echo "$SCHTASKS_SAYS"
+exit "$SCHTASKS_EXIT"
+"""
+
+    @pytest.fixture
+    def schtasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A schtasks that notes each of its arguments in a line of the file `asked`."""
+        program = tmp_path / "schtasks"
+        program.write_text(SCHTASKS)
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        monkeypatch.setenv("SCHTASKS_SAYS", "Status: Ready")
+        monkeypatch.setenv("SCHTASKS_EXIT", "0")
+        return program
+
+    def asked(schtasks: Path) -> list[str]:
+        return schtasks.with_name("schtasks.asked").read_text().splitlines()
+
+    def test_a_task_is_installed_from_a_file_in_utf16(
+        schtasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("USERNAME", "Jörg")
+        monkeypatch.setenv("USERDOMAIN", "PC")
+        file = tmp_path / "a folder" / "task.xml"
+        file.parent.mkdir()
+        winsvc.install_task(["C:\\a b\\x.exe", "task", "run"], file)
+        assert asked(schtasks) == ["/create", "/tn", "llama-sidecar", "/xml", str(file), "/f"]
+        written = file.read_text(encoding="utf-16")
+        assert "<Command>C:\\a b\\x.exe</Command>" in written
+        assert "<Arguments>task run</Arguments>" in written
+        assert "<UserId>PC\\Jörg</UserId>" in written
+
+    def test_a_task_is_asked_for_and_removed_by_its_name(schtasks: Path) -> None:
+        assert winsvc.task_status() == "Status: Ready"
+        winsvc.remove_task()
+        assert asked(schtasks) == [
+            *("/query", "/tn", "llama-sidecar", "/fo", "list"),
+            *("/delete", "/tn", "llama-sidecar", "/f"),
+        ]
+
+    def test_what_the_task_scheduler_refuses_comes_in_its_own_words(
+        schtasks: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SCHTASKS_SAYS", "ERROR: Access is denied.")
+        monkeypatch.setenv("SCHTASKS_EXIT", "1")
+        with pytest.raises(winsvc.SystemRefused, match=r"^ERROR: Access is denied\. \(exit 1\)$"):
+            winsvc.remove_task()
+        schtasks.unlink()
+        monkeypatch.setenv("PATH", str(schtasks.parent))
+        with pytest.raises(winsvc.SystemRefused, match="schtasks cannot be run"):
+            winsvc.task_status()

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pytest
 
 from tests import real_parts, windows_parts
 from tests.daemon import CHAT, Daemon, free_port_range, wait_until
-from tests.windows_parts import EXE, FAKE, Wine, windows_path
+from tests.windows_parts import EXE, FAKE, REPO, Wine, windows_path
 
 pytestmark = [
     pytest.mark.windows,
@@ -94,11 +94,17 @@ def settings(folder: Path, server: Path, models: Mapping[str, object]) -> Settin
 
 
 @contextlib.contextmanager
-def running(windows: Wine, folder: Path, env: Settings) -> Iterator[Daemon]:
-    """The exe as a process of its own, ended in any case."""
+def running(
+    windows: Wine,
+    folder: Path,
+    env: Settings,
+    words: Sequence[str] = (),
+    variables: Settings | None = None,
+) -> Iterator[Daemon]:
+    """The exe as a process of its own, ended in any case; it is given `env` or `variables`."""
     process = subprocess.Popen(
-        [windows_parts.wine(), str(EXE)],
-        env=windows.environment(env),
+        [windows_parts.wine(), str(EXE), *words],
+        env=windows.environment(env if variables is None else variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -211,6 +217,16 @@ def test_children_end_with_a_daemon_that_is_terminated(windows: Wine, tmp_path: 
         wait_until(lambda: processes(env) == [], "no llama-server is left", GONE_S)
 
 
+def test_whoever_kills_its_launcher_ends_it_and_its_children(windows: Wine, tmp_path: Path) -> None:
+    env = real_settings(tmp_path)
+    with running(windows, tmp_path, env) as daemon:
+        assert daemon.chat("tiny", max_tokens=2)[0] == 200
+        assert len(processes(env)) >= 1
+        daemon.process.kill()  # the one-file program's first process; Python runs in a second
+        wait_until(lambda: processes(env) == [], "no llama-server is left", GONE_S)
+        wait_until(lambda: not answers(env), "the port is free")
+
+
 ARGUMENTS = [
     "a b",
     'say "yes" or \\"no\\"',
@@ -269,46 +285,82 @@ def test_a_second_daemon_cannot_have_the_same_port(windows: Wine, tmp_path: Path
 
 # --- NSSM
 
+HOME = "C:\\llama-sidecar"  # where README puts it all
 
-@contextlib.contextmanager
-def nssm_service(windows: Wine, env: Settings, log: Path) -> Iterator[None]:
-    nssm = windows_parts.nssm()
 
-    def do(*words: str) -> str:
-        done = windows.run([nssm, *words])
+@pytest.fixture
+def nssm_env(windows: Wine, tmp_path: Path) -> Iterator[Settings]:
+    """A machine as README supposes it, and what its lines for NSSM set, with free ports."""
+    drive = windows.folder / "drive_c"
+    for name in ("llama-sidecar", "llama.cpp"):
+        (drive / name).mkdir()
+    env = real_settings(tmp_path)
+    shutil.copy(tmp_path / "models.map", drive / "llama-sidecar" / "models.json")
+    earlier = EXE.read_bytes() + b"\0"  # another one, to be replaced by EXE
+    (drive / "llama-sidecar" / "llama-sidecar.exe").write_bytes(earlier)
+    server = windows_parts.real_server() or FAKE
+    shutil.copy(server, drive / "llama.cpp" / "llama-server.exe")
+    if server == FAKE:
+        shutil.copy(FAKE.with_suffix(".py"), drive / "llama.cpp" / "llama-server.py")
+    try:
+        yield env
+    finally:
+        windows.run([windows_parts.nssm(), "stop", NAME])
+        windows.run([windows_parts.nssm(), "remove", NAME, "confirm"])
+
+
+def nssm_lines(env: Settings) -> Iterator[list[str]]:
+    """README's commands, in its order; only its ports are replaced."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("nssm "):
+            ports = line.replace("127.0.0.1:8402", env["LLAMA_SIDECAR_BIND"])
+            yield ports.replace("8500-8599", env["PORT_RANGE"]).split()[1:]
+
+
+def test_nssm_does_what_the_readme_says_and_its_stop_is_a_clean_drain(
+    windows: Wine, nssm_env: Settings
+) -> None:
+    env = nssm_env
+    log = windows.folder / "drive_c" / "llama-sidecar" / "sidecar.log"
+    starts, is_up = 0, False
+    for words in nssm_lines(env):
+        if words[0] == "stop" and not is_up:
+            continue  # README's next block begins with it
+        if words[0] == "start" and starts:
+            upgrade(windows)
+        done = windows.run([windows_parts.nssm(), *words])
         said = done.stdout.replace(b"\0", b"").decode(errors="replace")
         assert done.returncode == 0, f"nssm {' '.join(words)}: {said}"
-        return said
-
-    do("install", NAME, windows_path(EXE))
-    try:
-        known = [str(nssm), "get", NAME, "Application"]  # NSSM may go on in a process of its own
-        wait_until(lambda: windows.run(known).returncode == 0, "NSSM has installed it")
-        do("set", NAME, "AppEnvironmentExtra", *(f"{name}={value}" for name, value in env.items()))
-        do("set", NAME, "AppStdout", windows_path(log))
-        do("set", NAME, "AppStderr", windows_path(log))
-        do("set", NAME, "AppStopMethodConsole", "30000")
-        do("set", NAME, "AppExit", "Default", "Restart")
-        do("start", NAME)
-        assert "SERVICE_RUNNING" in do("status", NAME)
-        yield
-        do("stop", NAME)
-        assert "SERVICE_STOPPED" in do("status", NAME)
-    finally:
-        windows.run([nssm, "stop", NAME])
-        windows.run([nssm, "remove", NAME, "confirm"])
+        if words[0] == "install":  # NSSM may go on in a process of its own
+            wait_until(lambda: is_known_to_nssm(windows), "NSSM has installed it")
+        elif words[0] == "start":
+            wait_until(lambda: answers(env), "it serves", START_S)
+            assert chat(env, "tiny") == 200
+            assert len(processes(env)) >= 1
+            starts, is_up = starts + 1, True
+        elif words[0] == "status":
+            assert "SERVICE_RUNNING" in said
+        elif words[0] == "stop":
+            is_up = False
+            assert processes(env) == []
+            text = log.read_text(encoding="utf-8", errors="replace")
+            assert re.search(r"signal \d+: draining", text)
+            assert "stopped" in text.splitlines()[-1]
+    assert (starts, words) == (2, ["remove", NAME, "confirm"]), "an upgrade, and the end"
 
 
-def test_nssm_starts_it_and_its_stop_is_a_clean_drain(windows: Wine, tmp_path: Path) -> None:
-    env, log = real_settings(tmp_path), tmp_path / "service.log"
-    with nssm_service(windows, env, log):
-        wait_until(lambda: answers(env), "it serves", START_S)
-        assert chat(env, "tiny") == 200
-        assert len(processes(env)) >= 1
-    text = log.read_text(encoding="utf-8", errors="replace")
-    assert re.search(r"signal \d+: draining", text)
-    assert "stopped" in text.splitlines()[-1]
-    assert processes(env) == []
+def is_known_to_nssm(windows: Wine) -> bool:
+    return windows.run([windows_parts.nssm(), "get", NAME, "Application"]).returncode == 0
+
+
+def upgrade(windows: Wine) -> None:
+    """Copy EXE over the program, which Windows lets nobody do while it runs."""
+    program = f"{HOME}\\llama-sidecar.exe"
+    done = windows.run(["cmd", "/c", "copy", "/y", windows_path(EXE), program])
+    assert done.returncode == 0, done.stdout
+    installed = windows.folder / "drive_c" / "llama-sidecar" / "llama-sidecar.exe"
+    assert installed.read_bytes() == EXE.read_bytes()
 
 
 # --- a service of its own
@@ -338,6 +390,9 @@ def test_the_service_is_installed_started_used_stopped_and_removed(
     code, said = service(windows, "install", env)
     assert (code, "error 1073" in said) == (1, True)
     assert service(windows, "status") == (0, "stopped")
+    key = f"HKLM\\System\\CurrentControlSet\\Services\\{NAME}"
+    asked = windows.run(["reg", "query", key, "/v", "PreshutdownTimeout"]).stdout.decode()
+    assert int(asked.split()[-1], 0) == 180_000
     assert service(windows, "start") == (0, "started")
     wait_until(lambda: answers(env), "it serves", START_S)
     wait_until(lambda: service(windows, "status") == (0, "running"), "it says so", START_S)
@@ -382,3 +437,26 @@ def test_without_the_service_manager_service_run_says_what_it_is_for(windows: Wi
     code, said = service(windows, "run")
     assert code == 1
     assert "Service Control Manager" in said
+
+
+# --- a task of the Task Scheduler
+
+
+def test_a_task_is_registered_with_its_variables_runs_with_them_and_is_removed(
+    windows: Wine, tmp_path: Path
+) -> None:
+    drive = windows.folder / "drive_c"
+    env = fake_settings(tmp_path, {"m": {}})
+    done = windows.run([EXE, "task", "install"], env=env)
+    assert (done.returncode, done.stdout[:10]) == (0, b"installed:")
+    registered = drive / "windows" / "system32" / "tasks" / NAME
+    assert "<ExecutionTimeLimit>PT0S</ExecutionTimeLimit>" in registered.read_text("utf-8")
+    (variables,) = drive.glob("users/*/AppData/Local/llama-sidecar/task.json")
+    assert json.loads(variables.read_text("utf-8")) == env
+    state = {"LLAMA_SIDECAR_STATE_DIR": env["LLAMA_SIDECAR_STATE_DIR"]}
+    with running(windows, tmp_path, env, ["task", "run"], state) as daemon:
+        assert daemon.chat("m")[0] == 200
+    done = windows.run([EXE, "task", "remove"])
+    assert (done.returncode, done.stdout.strip()) == (0, b"removed")
+    assert not registered.exists()
+    assert list(variables.parent.glob("task.*")) == []

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import winsvc
-from tests.daemon import SIGKILL, Daemon, is_alive, running_daemon, wait_until
+from tests.daemon import (
+    ROOT,
+    SIGKILL,
+    Daemon,
+    bare_environment,
+    is_alive,
+    running_daemon,
+    wait_until,
+)
 
 TELL = """
 import json, os, stat, sys
@@ -66,6 +77,105 @@ def test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours()
     assert {name: value for name, value in told["env"].items() if name != "LC_CTYPE"} == {
         "GIVEN": "yes"
     }
+
+
+# A child of Windows: its console, its process group's mark (ConsoleFlags of the process's
+# parameters, 1 where Ctrl-C is ignored), its standard handles, and what it reads of a file
+# whose handle is said to be inherited.
+TELL_ON_WINDOWS = """
+import ctypes, json, msvcrt, os, sys
+kernel32 = ctypes.WinDLL("kernel32")
+ntdll = ctypes.WinDLL("ntdll")
+ntdll.RtlGetCurrentPeb.restype = ctypes.c_uint64
+parameters = ctypes.c_uint64.from_address(ntdll.RtlGetCurrentPeb() + 0x20).value
+try:
+    found = os.read(msvcrt.open_osfhandle(int(sys.argv[1]), os.O_RDONLY), 100).decode()
+except OSError:
+    found = "nothing"
+print(json.dumps({
+    "consoles": kernel32.GetConsoleProcessList((ctypes.c_uint32 * 4)(), 4),
+    "is_deaf_to_ctrl_c": bool(ctypes.c_uint32.from_address(parameters + 0x18).value & 1),
+    "stdin": os.read(0, 100).decode(),
+    "found": found,
+}))
+"""
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    STARTING = """
+import os, subprocess, sys
+import winsvc
+os.set_handle_inheritable(int(sys.argv[4]), True)
+if sys.argv[1] == "the daemon":
+    process = winsvc.spawn(sys.argv[2:], dict(os.environ))
+else:  # a program that takes no care: what the child tells is true
+    process = subprocess.Popen(sys.argv[2:], stdout=subprocess.PIPE, close_fds=False)
+print(process.communicate()[0].decode())
+"""
+
+    @pytest.mark.parametrize("parent", ["the daemon", "another program"])
+    def test_a_child_gets_no_console_a_group_of_its_own_and_no_handle_but_the_pipe(
+        tmp_path: Path, parent: str
+    ) -> None:
+        (tmp_path / "tell.py").write_text(TELL_ON_WINDOWS)
+        (tmp_path / "start.py").write_text(STARTING)
+        (tmp_path / "secret").write_text("the secret")
+        with (tmp_path / "secret").open("rb") as ours:
+            handle = msvcrt.get_osfhandle(ours.fileno())
+            os.set_handle_inheritable(handle, True)
+            starting = [sys.executable, str(tmp_path / "start.py"), parent]
+            telling = [sys.executable, str(tmp_path / "tell.py"), str(handle)]
+            done = subprocess.run(
+                [*starting, *telling],
+                env=bare_environment() | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                close_fds=False,
+                check=True,
+                creationflags=subprocess.CREATE_NEW_CONSOLE,
+            )
+        told = json.loads(done.stdout)
+        is_ours = parent == "the daemon"
+        assert told["found"] == ("nothing" if is_ours else "the secret")
+        assert (told["consoles"] == 0) is is_ours
+        assert told["is_deaf_to_ctrl_c"] is is_ours
+        assert told["stdin"] == ""
+
+    def test_the_folder_of_libraries_that_a_frozen_program_set_is_taken_back(
+        tmp_path: Path,
+    ) -> None:
+        kernel32 = winsvc._kernel32()
+
+        def folder() -> str:
+            found = ctypes.create_unicode_buffer(500)
+            kernel32.GetDllDirectoryW(500, found)
+            return found.value
+
+        kernel32.SetDllDirectoryW(str(tmp_path))
+        assert folder() == str(tmp_path)
+        winsvc.restore_dll_search()
+        assert folder() == ""
+
+    def test_after_a_failure_the_service_is_started_again_in_five_seconds() -> None:
+        restarts = winsvc._restarts()
+        # SERVICE_FAILURE_ACTIONSW and SC_ACTION, winsvc.h: with 64-bit pointers
+        found = struct.unpack("<IxxxxQQIxxxxQ", bytes(restarts))
+        seconds, message, command, count, address = found
+        assert (seconds, message, command, count) == (86_400, 0, 0, 3)
+        actions = ctypes.string_at(address, 8 * count)
+        assert list(struct.iter_unpack("<iI", actions)) == [(1, 5000)] * 3  # SC_ACTION_RESTART
+
+    def test_access_denied_comes_in_the_systems_words_with_number_and_advice(
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        connect_only = 0x1  # SC_MANAGER_CONNECT, as a user who is no administrator may
+        monkeypatch.setattr(winsvc, "_SC_ALL_ACCESS", connect_only)
+        with pytest.raises(winsvc.SystemRefused) as refused:
+            winsvc.install_service(["x.exe"], {})
+        words = ctypes.FormatError(5).strip().rstrip(".")
+        assert str(refused.value) == f"{words} (error 5): run as administrator"
 
 
 def test_a_program_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
@@ -195,6 +305,16 @@ def test_waiting_names_the_sockets_that_can_be_read() -> None:
         assert winsvc.wait_readable([a, c], 5) == [a, c]
 
 
+def test_who_waits_sees_that_another_thread_has_shut_the_connection_down() -> None:
+    ours, silent = socket.socketpair()
+    with ours, silent, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(winsvc.wait_readable, [ours], 60)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        ours.shutdown(socket.SHUT_RDWR)
+        assert waiting.result(20) == [ours]
+
+
 # --- children of a daemon that is gone
 
 
@@ -250,7 +370,7 @@ def test_a_process_is_ended_only_by_its_own_stamp() -> None:
     with spawned(WAIT) as process:
         stamp = winsvc.process_stamp(process.pid)
         assert stamp
-        for wrong in ("", "x", stamp + "0", stamp[:-1], stamp.replace(" ", "")):
+        for wrong in ("", "x", stamp + "0", stamp[:-1], stamp[1:]):
             assert not winsvc.end_process(process.pid, wrong)
         assert is_alive(process.pid)
         assert winsvc.end_process(process.pid, stamp)

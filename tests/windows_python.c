@@ -33,17 +33,19 @@ int wmain(int argc, wchar_t **argv)
     }
 #ifdef HOME
     wchar_t script[MAX_PATH + 1];
-    wchar_t **longer = calloc(argc + 2, sizeof *longer);
+    wchar_t **longer = calloc(argc + 4, sizeof *longer);
     DWORD length = GetModuleFileNameW(NULL, script, MAX_PATH);
     if (longer == NULL || length < 4 || length >= MAX_PATH)
         return 1;
     wcscpy(script + length - 4, L".py");
     longer[0] = argv[0];
-    longer[1] = script;
+    longer[1] = L"-I"; /* no site-packages, no variables: it starts often, and sooner so */
+    longer[2] = L"-S";
+    longer[3] = script;
     for (int i = 1; i < argc; i++)
-        longer[i + 1] = argv[i];
+        longer[i + 3] = argv[i];
     argv = longer;
-    argc++;
+    argc += 3;
 #endif
     return run(argc, argv);
 }
