@@ -230,13 +230,21 @@ def _markdown_cell(value: Cell) -> str:
 # --- charts
 
 
-def bars(title: str, series: Sequence[str], groups: Sequence[Group], unit: str = "") -> Markup:
+def bars(
+    title: str,
+    series: Sequence[str],
+    groups: Sequence[Group],
+    unit: str = "",
+    *,
+    first_colour: int = 0,
+) -> Markup:
     """Horizontal bars from zero, one of each series in a group, with whiskers.
 
-    The values stand in a column on the right, where they meet no bar.
+    The values stand in a column on the right, where they meet no bar. The series take the
+    COLOURS in turn, so that one can look the same in two charts.
     """
     values = [value for group in groups for value in group.values]
-    legend = _legend(series) if len(series) > 1 else Markup("")
+    legend = _legend(series, first_colour) if len(series) > 1 else Markup("")
     frame = _Frame.around([group.label for group in groups], values, includes=0.0)
     parts, top = [], 0.0
     for group in groups:
@@ -249,7 +257,7 @@ def bars(title: str, series: Sequence[str], groups: Sequence[Group], unit: str =
         at = top + (height - bars_height) / 2
         for number, value in enumerate(group.values):
             name = series[number] if number < len(series) else ""
-            parts.append(_bar(frame, at, value, number, f"{group.label}, {name}"))
+            parts.append(_bar(frame, at, value, first_colour + number, f"{group.label}, {name}"))
             at += BAR_HEIGHT + BAR_GAP
         top += height + GROUP_GAP
     bottom = max(0.0, top - GROUP_GAP) + PAD / 2
@@ -461,10 +469,10 @@ class _Frame:
         )
 
 
-def _legend(series: Sequence[str]) -> Markup:
+def _legend(series: Sequence[str], first_colour: int) -> Markup:
     entries = (
         tag("span", tag("i", class_=f"key s{number % COLOURS}"), name)
-        for number, name in enumerate(series)
+        for number, name in enumerate(series, first_colour)
     )
     return tag("div", *entries, class_="legend")
 
@@ -494,7 +502,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
 }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
+main { max-width: 1180px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; margin: 40px 0 10px; }
 h3 { font-size: 16px; margin: 26px 0 8px; }
@@ -513,12 +521,13 @@ pre {
 table { border-collapse: collapse; margin: 8px 0; width: 100%; font-size: 14px; }
 caption { text-align: left; color: var(--soft); padding: 4px 0; }
 th, td { padding: 7px 10px; text-align: left; border-bottom: 1px solid var(--line); }
-td { vertical-align: top; overflow-wrap: anywhere; min-width: 5ch; }
+td { vertical-align: top; overflow-wrap: anywhere; min-width: 7ch; }
+td:first-child { min-width: 18ch; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; vertical-align: bottom; }
 tbody tr:hover { background: var(--card); }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .badge {
-  display: inline-block; padding: 1px 9px; border-radius: 999px; font-size: 13px;
+  display: inline-block; padding: 1px 9px; border-radius: 9px; font-size: 13px;
   font-weight: 600; background: var(--card); color: var(--soft);
 }
 .badge.good { background: var(--good-paper); color: var(--good); }
