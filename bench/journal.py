@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+HEADER_BEGINS = b'{"schema":'
 REPLACE_TRIES = 20  # Windows lets nobody replace a file that somebody reads
 REPLACE_PAUSE_S = 0.1
 
@@ -108,30 +109,45 @@ def _parsed(line: bytes) -> Record | None:
 
 
 class Journal:
-    """The one writer of a file of results. Use it with `with opened(...)`."""
+    """The one writer of a file of results. Use it with `with opened(...)`.
 
-    def __init__(self, path: Path, contents: Contents, descriptor: int) -> None:
+    The file is open only while a line is written: Windows moves no file that is open.
+    """
+
+    def __init__(self, path: Path, contents: Contents) -> None:
         self.path = path
         self.header = contents.header
         self.records = contents.records
         self.repeated = contents.repeated
-        self._descriptor = descriptor
 
     def append(self, record: Record) -> None:
         """Write one record to the disk. Raises OSError, and then has written nothing of it."""
-        line = as_line(record)
-        end = os.fstat(self._descriptor).st_size
-        try:
-            written = os.write(self._descriptor, line)
-            if written != len(line):
-                raise OSError(f"{self.path}: only {written} of {len(line)} bytes fitted")
-            os.fsync(self._descriptor)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, end)
-            raise
+        _append(self.path, as_line(record))
         self.repeated += record["id"] in self.records
         self.records[record["id"]] = record
+
+
+def _append(path: Path, line: bytes) -> None:
+    with _opened_to_append(path) as descriptor:
+        end = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, line)
+            if written != len(line):
+                raise OSError(f"{path}: only {written} of {len(line)} bytes fitted")
+            os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, end)
+            raise
+
+
+@contextlib.contextmanager
+def _opened_to_append(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -169,23 +185,28 @@ def opened(
                 )
             _repair(path, contents.broken)
             contents = read(path)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
-        try:
-            if os.fstat(descriptor).st_size != contents.whole_bytes:
-                os.ftruncate(descriptor, contents.whole_bytes)
-                os.fsync(descriptor)
-            yield Journal(path, contents, descriptor)
-        finally:
-            os.close(descriptor)
+        _cut_off(path, contents.whole_bytes)
+        yield Journal(path, contents)
+
+
+def _cut_off(path: Path, whole_bytes: int) -> None:
+    with _opened_to_append(path) as descriptor:
+        if os.fstat(descriptor).st_size != whole_bytes:
+            os.ftruncate(descriptor, whole_bytes)
+            os.fsync(descriptor)
 
 
 def _has_header(path: Path) -> bool:
-    """False also for a file whose first line never became whole: nothing is lost with it."""
+    """False also where a header never became whole: nothing is lost with it.
+
+    Any other text without an end of line is somebody's file, and not written over.
+    """
     try:
         with path.open("rb") as file:
-            return file.readline().endswith(b"\n")
+            line = file.readline()
     except FileNotFoundError:
         return False
+    return line.endswith(b"\n") or line[: len(HEADER_BEGINS)] != HEADER_BEGINS[: len(line)]
 
 
 def set_aside(path: Path) -> Path:
