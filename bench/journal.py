@@ -168,7 +168,7 @@ def opened(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"schema": SCHEMA, "run_key": run_key(decides), "decides": decides, "about": about}
-    with _locked(path):
+    with locked(path):
         if not _has_header(path):
             write_whole(path, as_line(header))
         contents = read(path)
@@ -254,8 +254,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold .NAME.lock beside the file; a lock ends with its process, so the file may stay."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold .NAME.lock beside the file; a lock ends with its process, so the file may stay.
+
+    Raises JournalError at once if somebody else holds it.
+    """
     file = path.with_name(f".{path.name}.lock")
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
