@@ -17,7 +17,7 @@ CONFIGS = sorted((Path(__file__).parent / "llama_swap_configs").glob("*.yaml"))
 
 def by_pyyaml(text: str) -> Any:
     """Every scalar as a text, as ours is; an empty document too."""
-    found = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 - it makes texts only
+    found = yaml.load(text, Loader=yaml.BaseLoader)
     return "" if found is None else found
 
 
@@ -131,7 +131,71 @@ def test_what_is_read_at_all_is_read_as_pyyaml_reads_it(text: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=200))
 def test_nothing_raises_anything_else(text: str) -> None:
+    line = 1
     try:
         yaml_subset.load(text)
     except yaml_subset.YamlError as exc:
-        assert 1 <= exc.line <= text.count("\n") + 1
+        line = exc.line
+
+    assert 1 <= line <= text.count("\n") + 1
+
+
+# --- what is refused, with its line
+
+REFUSED = [
+    ("a: &here b\n", 1, "an anchor"),
+    ("a: 1\nb: *here\n", 2, "an alias"),
+    ("a: !!str 1\n", 1, "a tag"),
+    ("a:\n  <<: {b: c}\n", 2, "a merge key"),
+    ("a: {<<: {b: c}}\n", 1, "a merge key"),
+    ("a:\n\tb: c\n", 2, "a tab"),
+    ("a:\tb\n", 1, "a tab"),
+    ("a: b\tc\n", 1, "a tab"),
+    ("a: [b,\tc]\n", 1, "a tab"),
+    ("a: 1\n---\nb: 2\n", 2, "a second document"),
+    ("a: 1\n...\nb: 2\n", 3, "the indentation fits nothing"),
+    ("%YAML 1.2\n---\na: 1\n", 1, "directives"),
+    ("? a\n: b\n", 1, "a key behind a '?'"),
+    ("a: 1\nb: 2\na: 3\n", 3, "the key stands twice"),
+    ("{a: 1,\n a: 2}\n", 2, "the key stands twice"),
+    ("a: b: c\n", 1, "a second ':'"),
+    ("a: b\n  c: d\n", 2, "a ':' with a blank"),
+    ("a:\n    b: 1\n  c: 2\n", 3, "the indentation fits nothing"),
+    ("a:\n  b: 1\n    c: 2\n", 3, "a ':' with a blank"),
+    ("a: - b\n", 1, "a list begins on a line of its own"),
+    ("- a\nb: c\n", 2, "the indentation fits nothing"),
+    ("a: 1\n- b\n", 2, "neither a key"),
+    ("a: 'b\nc: d\n", 1, "a quote is opened and never closed"),
+    ('a: "b\\q"\n', 1, "no escape"),
+    ('a: "\\ud800"\n', 1, "no character"),
+    ("a: 'b' c\n", 1, "text behind a value"),
+    ("a: [b, c\nd: e\n", 1, "[ is opened and never closed"),
+    ("a: [b}\n", 1, "neither ',' nor ']'"),
+    ("a: [, b]\n", 1, "a value cannot begin with ','"),
+    ("a: {[b]: c}\n", 1, "a key that is no text"),
+    ("a: @b\n", 1, "a value cannot begin with '@'"),
+    ("a: `b`\n", 1, "a value cannot begin with '`'"),
+    ("a: |x\n  b\n", 1, "behind | or >"),
+    ("a: |\n  b\n c\n", 3, "the indentation fits nothing"),
+    ("a: b\x00\n", 1, "U+0000"),
+    ("a: 1\nb: c\u2028d\n", 2, "U+2028"),
+    ("a\rb: c\n", 1, "U+000D"),
+    ("[" * 100, 1, "deeper than"),
+    ("- " * 100 + "a\n", 1, "deeper than"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "words"), REFUSED, ids=[repr(t[0][:20]) for t in REFUSED])
+def test_what_is_not_read_is_named_with_its_line(text: str, line: int, words: str) -> None:
+    with pytest.raises(yaml_subset.YamlError) as refused:
+        yaml_subset.load(text)
+
+    assert refused.value.line == line
+    assert words in str(refused.value)
+
+
+def test_a_refusal_shows_no_value() -> None:
+    with pytest.raises(yaml_subset.YamlError) as refused:
+        yaml_subset.load("cmd: llama-server --api-key sk-secret\n  more: words\n")
+
+    assert "secret" not in str(refused.value)
