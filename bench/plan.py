@@ -68,8 +68,11 @@ class Plan:
         return plain
 
     def decides(self) -> dict[str, Any]:
-        """All of it that changes the numbers, the texts of the prompts included."""
+        """All of it that changes the numbers, the texts of the prompts included; no keys."""
         kept = {name: v for name, v in self.as_json().items() if name not in NOT_DECIDING}
+        for model in kept["models"]:
+            modes = model["modes"].items()
+            model["modes"] = {mode: server_args.masked(words) for mode, words in modes}
         return kept | {"prompt_sums": prompts.sums(self.prompts)}
 
 

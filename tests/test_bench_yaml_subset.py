@@ -169,7 +169,7 @@ REFUSED = [
     ('a: "b\\q"\n', 1, "no escape"),
     ('a: "\\ud800"\n', 1, "no character"),
     ("a: 'b' c\n", 1, "text behind a value"),
-    ("a: [b, c\nd: e\n", 1, "[ is opened and never closed"),
+    ("a: [b, c\n", 1, "[ is opened and never closed"),
     ("a: [b}\n", 1, "neither ',' nor ']'"),
     ("a: [, b]\n", 1, "a value cannot begin with ','"),
     ("a: {[b]: c}\n", 1, "a key that is no text"),
