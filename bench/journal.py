@@ -70,8 +70,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], above: str = ""
         old, new = then.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{above}{name}.")
-        elif old != new or (name in then) != (name in now):
-            found.append(f"{above}{name}: {json.dumps(old)}, now {json.dumps(new)}")
+            continue
+        was, is_ = (json.dumps(each[name]) if name in each else "nothing" for each in (then, now))
+        if was != is_:
+            found.append(f"{above}{name}: {was}, now {is_}")
     return found
 
 
@@ -86,7 +88,7 @@ def read(path: Path) -> Contents:
     if not lines:
         raise JournalError(f"{path} has no header")
     header = _parsed(lines[0])
-    if header is None or header.get("schema") != SCHEMA or "decides" not in header:
+    if header is None or header.get("schema") != SCHEMA or not _is_object(header, "decides"):
         raise JournalError(f"{path} is no file of results: its first line is no header")
     records: dict[str, Record] = {}
     broken, repeated = [], 0
@@ -98,6 +100,10 @@ def read(path: Path) -> Contents:
         repeated += record["id"] in records
         records[record["id"]] = record
     return Contents(header, records, repeated, tuple(broken), len(data) - len(torn))
+
+
+def _is_object(header: Record, name: str) -> bool:
+    return isinstance(header.get(name), dict)
 
 
 def _parsed(line: bytes) -> Record | None:

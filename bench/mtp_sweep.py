@@ -518,8 +518,10 @@ def _measured(server: Server, block: Block, text: str, plan: Plan) -> dict[str, 
 def _reason(server: Server, exc: Exception) -> str:
     if isinstance(exc, CellFailed):
         return str(exc)
-    is_gone = server.has_ended(LAST_WORDS_S) if isinstance(exc, HTTPException | OSError) else False
-    return server.last_words() if is_gone else f"{type(exc).__name__}: {exc}"[:LONGEST_ERROR]
+    is_cut = isinstance(exc, HTTPException | OSError) and not isinstance(exc, TimeoutError)
+    if is_cut and server.has_ended(LAST_WORDS_S):
+        return server.last_words()
+    return f"{type(exc).__name__}: {exc}"[:LONGEST_ERROR]
 
 
 def _more(before: int | None, after: int | None) -> int | None:

@@ -19,6 +19,9 @@ SECRETS: Final = frozenset({"--api-key", "--hf-token"})
 SECRET_NAME: Final = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
 MTP: Final = "draft-mtp"
 SPEC_TYPE: Final = "--spec-type"
+CTX_SIZE: Final = "--ctx-size"
+NAMES_MODEL: Final = frozenset({"--model", "--hf-repo", "--model-url", "--docker-repo"})
+MAKES_NO_TEXT: Final = frozenset({"--embedding", "--embeddings", "--reranking", "--rerank"})
 N_MAX: Final = "--spec-draft-n-max"
 DRAFT_MODEL: Final = "--spec-draft-model"
 
