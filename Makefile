@@ -58,7 +58,7 @@ build: $(READY) ## make the one-file program dist/llama-sidecar
 build-windows: $(READY) ## make dist/llama-sidecar.exe, on Linux (wine64, gcc-mingw-w64-x86-64)
 	@$(VENV_PYTHON) -m tests.windows_parts build
 
-$(WINDOWS_EXE): $(READY) $(wildcard *.py) flags.json build.spec tests/windows_parts.py
+$(WINDOWS_EXE): $(READY) $(wildcard *.py bench/*.py) flags.json build.spec tests/windows_parts.py
 	@$(VENV_PYTHON) -m tests.windows_parts build
 
 bench: $(READY) ## measure what the daemon adds to a request (needs wrk and nginx)

@@ -362,8 +362,8 @@ def write_look(folder: Path) -> int:
     from bench import look
 
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    plan = json.loads(_bytes(folder / PLAN) or b"{}")
-    journal.write_whole(folder / LOOK, journal.as_line(look.seen(job, plan, folder)))
+    seen = look.seen(job, folder / PLAN, folder)
+    journal.write_whole(folder / LOOK, journal.as_line(seen))
     return 0
 
 

@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, room
+from bench import plan as plans
 
 SERVER_S = 120.0  # the first start of a large program may be examined by a virus scanner
 LIST_S = 30.0
 LONGEST = 400
 
 
-def seen(job: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Plain values; what could not be found out is None or says why."""
-    models = [model for model in plan.get("models", []) if isinstance(model, dict)]
-    servers = sorted({str(model["server"]) for model in models if model.get("server")})
-    files = sorted({str(model["model_path"]) for model in models if model.get("model_path")})
+def seen(job: Mapping[str, Any], plan: Path, folder: Path) -> dict[str, Any]:
+    """Plain values; what could not be found out is None or says why.
+
+    A plan that names a llama-swap configuration is made whole here, where that lies.
+    """
+    models, fault = _models(plan)
+    servers = sorted({model.server for model in models})
+    files = sorted({model.model_path for model in models if model.model_path})
     return {
         "time": time.time(),
         "system": platform.platform(),
@@ -38,11 +42,22 @@ def seen(job: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> dict[
         "gpus": machine.gpus(),
         "vram_bytes": machine.vram_bytes(),
         "free_bytes": shutil.disk_usage(folder).free,
+        "plan": fault,
         "servers": {path: _server(path) for path in servers},
         "models": {path: _size(path) for path in files},
         "running": running_servers(),
         "loaded": _loaded(job),
     }
+
+
+def _models(plan: Path) -> tuple[tuple[plans.Model, ...], str]:
+    """What it measures, or why that is not known."""
+    if not plan.exists():
+        return (), ""
+    try:
+        return plans.read(plan).models, ""
+    except (plans.PlanError, OSError) as exc:
+        return (), str(exc)
 
 
 def _server(path: str) -> dict[str, Any]:

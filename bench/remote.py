@@ -115,6 +115,11 @@ class Remote:
 
     def prepare(self) -> None:
         """Copy the runner and the plan, and make the task."""
+        self.prepare_files()
+        self.host.checked(*self.wanted.command("--task-xml"))
+        self.create_task()
+
+    def prepare_files(self) -> None:
         folder = self.wanted.folder
         with tempfile.TemporaryDirectory(prefix="bench-") as made:
             settings = Path(made) / job.JOB
@@ -130,8 +135,6 @@ class Remote:
                 sources = sorted((ROOT / "bench").glob("*.py"))
                 files += [(file, f"{folder}/bench/{file.name}") for file in sources]
             self.host.put(files)
-        self.host.checked(*self.wanted.command("--task-xml"))
-        self.create_task()
 
     def create_task(self) -> None:
         xml = f"{self.wanted.folder}/{job.TASK}".replace("/", "\\")
@@ -159,6 +162,10 @@ class Remote:
             and not self.host.run("schtasks", "/query", "/tn", self.wanted.task).returncode
         ):
             raise HostError(f"the task {self.wanted.task} cannot be deleted")
+
+    def delete_folder(self) -> None:
+        """Everything of this job on the host."""
+        self.host.run("cmd", "/c", "rmdir", "/s", "/q", self.wanted.folder.replace("/", "\\"))
 
     def fetch_all(self) -> None:
         """The whole results and the log, as they are in the end.
@@ -334,10 +341,9 @@ class Watch:
 
 def run(options: argparse.Namespace) -> int:
     """Raises HostError, Unreachable at the first contact, JobFailed, JournalError, OSError."""
-    wanted = _wanted(options)
     options.out.mkdir(parents=True, exist_ok=True)
     host = Host(options.host, options.ssh_config)
-    remote = Remote(host, wanted, options.out)
+    remote = Remote(host, wanted(options, options.plan, "--job", options.sweep_option), options.out)
     watch = Watch(remote, options.give_up_h * 3600, options.silent_s, is_json=options.json)
     host.shell()
     state = None
@@ -360,21 +366,23 @@ def run(options: argparse.Namespace) -> int:
     return 0 if state["state"] == job.DONE and not faults else 1
 
 
-def _wanted(options: argparse.Namespace) -> Wanted:
-    """Raises HostError or OSError."""
-    if not options.plan.is_file():
-        raise HostError(f"{options.plan} is no file")
+def wanted(
+    options: argparse.Namespace, plan: Path, verb: str, sweep_options: Sequence[str]
+) -> Wanted:
+    """By `add_host_options`. Raises HostError."""
+    if not plan.is_file():
+        raise HostError(f"{plan} is no file")
     exe = None if options.python else options.exe
     if exe is not None and not exe.is_file():
         raise HostError(f"there is no {exe}: make build-windows, or --python on the host")
     settings = {
-        "verb": "--job",
+        "verb": verb,
         "as_user": options.as_user,
         "sidecar": options.sidecar,
         "llama_swap": options.llama_swap,
-        "options": options.sweep_option,
+        "options": list(sweep_options),
     }
-    return Wanted(options.plan, exe, options.python, settings)
+    return Wanted(plan, exe, options.python, settings)
 
 
 def _tell(remote: Remote, state: Mapping[str, Any], faults: Sequence[str]) -> None:

@@ -282,7 +282,7 @@ def test_the_doctor_finds_what_is_there_and_what_is_missing(
     assert "C:\\models\\missing.gguf" in said
     assert "MISSING" in said
     faults = [line for line in said.splitlines() if line.startswith("MISSING")]
-    assert all("missing.gguf" in line or "GPU" in line for line in faults), said
+    assert all("missing.gguf" in line for line in faults), said
     assert list(host.tasks.glob("*.xml")) == []
 
 
@@ -321,7 +321,7 @@ def test_a_command_ends_with_its_session_and_its_exit_code_comes_back(host: Wind
     assert at(host).run("cmd", "/c", "exit", "5").returncode == 5
     with pytest.raises(Unreachable, match="has not answered within"):
         at(host).run("ping", "-n", "60", "127.0.0.1", timeout_s=5)
-    with pytest.raises(HostError, match="none.exe"):
+    with pytest.raises(HostError, match=r"none\.exe"):
         at(host).checked("none.exe")
 
 
