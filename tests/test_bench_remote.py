@@ -59,7 +59,7 @@ def server() -> str:
 def plan(folder: Path, name: str = "sweep", **fields: object) -> Path:
     """Two blocks off and two on of SmolLM2, and a model that cannot."""
     model = windows_path(real_parts.smollm2())
-    common = ["--ctx-size", "1024", "-np", "1", "-t", "1", "--no-mmap"]
+    common = ["--ctx-size", "1024", "-np", "1", "-t", "1"]
     drafting = ["-md", model, "--spec-type", "draft-simple", "--spec-draft-n-max", "3"]
     able = {"off": common, "on": [*common, *drafting]}
     unable = {"off": common, "on": [*common, "--spec-type", "draft-mtp"]}
@@ -76,7 +76,7 @@ def plan(folder: Path, name: str = "sweep", **fields: object) -> Path:
             },
         ],
         "prompts": ["code", "story"],
-        "n_predict": 16,
+        "n_predict": 48,
         "warm_ups": 1,
         "repetitions": 1,
         "ctx_size": 1024,
