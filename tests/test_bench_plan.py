@@ -23,8 +23,8 @@ CONFIGS = ROOT / "tests" / "llama_swap_configs"
 ENVIRONMENT = {"LLAMA_BIN": "/opt/llama-server", "MODEL_DIR": "/srv/gguf"}
 
 
-def argv_of(text: str, is_windows: bool | None = None, **environment: str) -> dict[str, list[str]]:
-    config = llama_swap.parsed(text, environment, is_windows)
+def argv_of(text: str, **environment: str) -> dict[str, list[str]]:
+    config = llama_swap.parsed(text, environment)
     return {entry.id: list(entry.argv) for entry in config.entries}
 
 
