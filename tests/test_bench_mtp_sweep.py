@@ -492,6 +492,21 @@ def test_failed_cells_stay_failed_until_a_retry_is_asked_for(double: Path) -> No
     assert found.repeated == 4 * 3
 
 
+def test_killed_between_a_failed_server_and_its_cells_it_notes_the_server_once(
+    double: Path,
+) -> None:
+    plan = written_plan(double.parent, doubled(double, dies="error: no"))
+    swept(plan)
+    file = plan.with_name("results.jsonl")
+    whole = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(whole[:2]))  # the header and the first server
+
+    swept(plan)
+
+    records_of(plan)
+    assert file.read_bytes() == b"".join(whole)
+
+
 def test_a_second_run_on_the_same_file_is_refused(double: Path) -> None:
     plan = written_plan(double.parent, doubled(double))
     swept(plan)
