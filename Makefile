@@ -18,7 +18,7 @@ PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-unit test-integration test-windows test-windows-unit lint build \
-	build-windows bench bench-flags bench-trace soak eval clean
+	build-windows bench bench-flags bench-mtp bench-trace soak eval clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench: $(READY) ## measure what the daemon adds to a request (needs wrk and ngin
 
 bench-flags: $(READY) ## measure what judging the flags of a request costs
 	@$(VENV_PYTHON) bench/validation.py $(ARGS)
+
+bench-mtp: $(READY) ## measure models with speculation and without, by a plan (bench/README.md)
+	@$(VENV_PYTHON) -m bench.mtp_sweep $(ARGS)
 
 bench-trace: $(READY) ## count the loads of a recorded trace, with and without a step's time
 	@$(VENV_PYTHON) -m bench.trace_replay $(ARGS)

@@ -166,11 +166,9 @@ class Server:
 
     def stop(self) -> None:
         winsvc.terminate(self.process)
-        try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
+        if not self.has_ended(STOP_S):
             winsvc.kill(self.process)
-            self.process.wait(STOP_S)
+            self.has_ended(STOP_S)
         self._output.join(STOP_S)
 
 
@@ -379,8 +377,7 @@ class Sweep:
 
     def _fail(self, block: Block, cells: Sequence[Cell], reason: str) -> None:
         """No server, no cells: each is told why."""
-        known = self._results.records.get(block.server_id)
-        if known is None or known["outcome"] != "ok":
+        if not self._is_done(block.server_id):
             self._append_server(block, outcome="error", error=reason)
         for cell in cells:
             record = block.record("cell", block.cell_id(cell))

@@ -100,7 +100,7 @@ def parsed(value: object) -> Plan:
         "pause_s": lambda what, found: _seconds(what, found, 0.0),
         "load_timeout_s": lambda what, found: _seconds(what, found, 0.1),
         "request_timeout_s": lambda what, found: _seconds(what, found, 0.1),
-        "skipped": lambda what, found: tuple(_mapping(each, what) for each in found),  # type: ignore[attr-defined]
+        "skipped": lambda what, _: tuple(_mapping(each, what) for each in _list(fields, what)),
     }
     given = {name: check(name, fields[name]) for name, check in checks.items() if name in fields}
     return Plan(models=models, **({"name": "sweep"} | given))

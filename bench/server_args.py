@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"-(?:[0-9]|\.[0-9])")
 class Part:
     """A flag with its values, or a word that belongs to none; `words` are as written."""
 
-    name: str  # canonical where it is known; empty for a word without a flag
+    name: str  # canonical where it is known, unnegated; empty for a word without a flag
     values: tuple[str, ...]
     words: tuple[str, ...]
 
@@ -63,7 +63,7 @@ def _part(words: Sequence[str], at: int) -> Part:
     spelling, inline = _table().look_up(word)
     if spelling is not None:
         count = _values_after(spelling.flag, inline, words, at)
-        name = spelling.name
+        name = spelling.flag.name
     elif word.startswith("-") and not _NUMBER.match(word):
         name, equals, text = word.partition("=")
         inline = text if equals else None

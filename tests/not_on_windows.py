@@ -15,6 +15,9 @@ _SLOW = "it takes minutes under Wine"
 _TIME = "its time limits are too short for Wine"
 
 REASONS = {
+    "test_bench_journal.py::test_on_a_full_disk_nothing_half_is_left": (
+        "Windows has no limit on the size of a file"
+    ),
     "test_winsvc.py::test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours": (
         _SIGNALS
     ),

@@ -353,17 +353,9 @@ def test_killed_at_random_moments_it_ends_with_the_file_of_an_unbroken_run(tmp_p
     unbroken, killed = (written_plan(folder, *models, **settings) for folder in folders)
     swept(unbroken)
 
-    kills = 0
     file = killed.with_name("results.jsonl")
-    while kills < 20:
-        target = size(file) + rng.randrange(2400)
-        with started(command(killed)) as process:
-            wait_until(lambda: has_grown(file, target, process), "it goes on", timeout_s=100)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, 0.1))
-            assert process.poll() is None, "it ended before it was killed often enough"
-            process.kill()
-            kills += 1
+    for _ in range(20):
+        kill_after(killed, size(file) + rng.randrange(2400), rng.uniform(0, 0.1))
     swept(killed)
 
     assert without_times(file) == without_times(unbroken.with_name("results.jsonl"))
@@ -372,8 +364,18 @@ def test_killed_at_random_moments_it_ends_with_the_file_of_an_unbroken_run(tmp_p
     wait_until(lambda: not servers_of(gguf), "no llama-server is left over")
 
 
-def has_grown(file: Path, target: int, process: subprocess.Popen[str]) -> bool:
-    return size(file) > target or process.poll() is not None
+def kill_after(plan: Path, target_bytes: int, seconds: float) -> None:
+    file = plan.with_name("results.jsonl")
+    with started(command(plan)) as process:
+        wait_until(
+            lambda: size(file) > target_bytes or process.poll() is not None,
+            "the file grows",
+            timeout_s=100,
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        assert process.poll() is None, "it ended before it was killed often enough"
+        process.kill()
 
 
 def size(file: Path) -> int:
@@ -488,6 +490,21 @@ def test_failed_cells_stay_failed_until_a_retry_is_asked_for(double: Path) -> No
     found = journal.read(plan.with_name("results.jsonl"))
     assert {record["outcome"] for record in found.records.values()} == {"ok"}
     assert found.repeated == 4 * 3
+
+
+def test_killed_between_a_failed_server_and_its_cells_it_notes_the_server_once(
+    double: Path,
+) -> None:
+    plan = written_plan(double.parent, doubled(double, dies="error: no"))
+    swept(plan)
+    file = plan.with_name("results.jsonl")
+    whole = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(whole[:2]))  # the header and the first server
+
+    swept(plan)
+
+    records_of(plan)
+    assert file.read_bytes() == b"".join(whole)
 
 
 def test_a_second_run_on_the_same_file_is_refused(double: Path) -> None:

@@ -40,6 +40,9 @@ LIFETIME_S = 1800  # no Windows of ours lasts longer
 UNIT_TESTS_S = 900.0
 OF_REAL_PARTS = (  # they import packages that have no place in the Windows Python
     "test_b11434.py",
+    "test_bench_gguf_header.py",
+    "test_bench_mtp_sweep.py",
+    "test_bench_yaml_subset.py",
     "test_flags_integration.py",
     "test_integration.py",
     "test_windows.py",
