@@ -458,8 +458,9 @@ def state_of(run: Run) -> str:
 
 
 def problems(run: Run) -> list[tuple[str, str, str]]:
-    """Kind, where, and the error line, of all that failed or cannot be."""
-    found = []
+    """Kind, where, and the error line, of all that failed, cannot be or was left out."""
+    skipped = run.header["decides"].get("skipped", [])
+    found = [("skipped", str(one.get("id")), str(one.get("reason"))) for one in skipped]
     for model in run.models:
         for mode in model.modes:
             where = f"{model.name}/{mode.mode}"
@@ -504,7 +505,7 @@ def as_markdown(runs: Sequence[Run]) -> str:
     parts.append(page.markdown_table(COLUMNS, rows))
     wrong = [problem for run in runs for problem in problems(run)]
     if wrong:
-        parts.append("## Failed and unsupported\n")
+        parts.append("## Failed, unsupported, skipped\n")
         parts.append(page.markdown_table([Column(c) for c in ("kind", "cell", "error")], wrong))
     parts.append(METHOD + "\n")
     return "\n".join(parts)
@@ -661,7 +662,7 @@ def _problems(runs: Sequence[Run]) -> list[Markup]:
     if not rows:
         return []
     columns = [Column(title) for title in ("kind", "cell", "first error line")]
-    return [page.heading("Failed and unsupported"), page.table(columns, rows)]
+    return [page.heading("Failed, unsupported, skipped"), page.table(columns, rows)]
 
 
 def _by_prompt(name: str, model: ModelResult) -> Markup:

@@ -143,7 +143,8 @@ def test_unsupported_and_failed_have_their_error_line(tmp_path: Path) -> None:
         *(cell("b", "on", b, p, error="out of memory") for b in (0, 1) for p in OFF),
         *measured("c", "off", OFF),
     ]
-    run = report.read_run(sweep_records.write(tmp_path / "r.jsonl", plan(modes), records))
+    decides = plan(modes) | {"skipped": [{"id": "whisper", "reason": "is no llama-server"}]}
+    run = report.read_run(sweep_records.write(tmp_path / "r.jsonl", decides, records))
     words = [report.verdict(model).words for model in run.models]
     assert words == [
         f"on: unsupported: {wrong}",
@@ -154,6 +155,7 @@ def test_unsupported_and_failed_have_their_error_line(tmp_path: Path) -> None:
     assert "NOT FINISHED: 30 of 36 cells" in report.state_of(run)
     markdown = report.as_markdown([run])
     assert "no MTP head in 'a' \\| &lt;at all>" in markdown
+    assert "| skipped | whisper | is no llama-server |" in markdown
     assert "| failed | b/on/b0/server and 6 more of b/on | out of memory |" in markdown
 
 

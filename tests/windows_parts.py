@@ -41,7 +41,9 @@ UNIT_TESTS_S = 900.0
 OF_REAL_PARTS = (  # they import packages that have no place in the Windows Python
     "test_b11434.py",
     "test_bench_gguf_header.py",
+    "test_bench_job.py",
     "test_bench_mtp_sweep.py",
+    "test_bench_remote.py",
     "test_bench_yaml_subset.py",
     "test_flags_integration.py",
     "test_integration.py",
