@@ -307,14 +307,13 @@ class Watch:
         self._start()
 
     def _show(self, state: Mapping[str, Any]) -> None:
-        done, total, speed = int(state["done"]), int(state["total"]), state.get("tok_s")
+        done, total = int(state["done"]), int(state["total"])
         if self._progress is None and total:
             title = self._remote.wanted.plan.stem
             self._progress = Progress(title, total, done, is_json=self._is_json)
         if self._progress is not None:
             more = {name: state[name] for name in ("state", "beat", "tok_s")}
-            shown = f"{state['said']}  {speed:.1f} tok/s" if speed else str(state["said"])
-            self._progress.report(done, shown, **more)
+            self._progress.report(done, str(state["said"]), **more)
         for line in state["disturbed"][self._disturbed :]:
             self.say(f"disturbed: {line}")
         self._disturbed = len(state["disturbed"])
@@ -406,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nno longer watched; the job goes on. Say the same again to watch it, or with")
         print("--stop to end it", file=sys.stderr)
         return job.INTERRUPTED
-    except (HostError, Unreachable, JobFailed, journal.JournalError, OSError) as exc:
+    except (HostError, Unreachable, JobFailed, journal.JournalError, OSError, ValueError) as exc:
         print(f"remote: {exc}", file=sys.stderr)
         return 1
 

@@ -107,7 +107,7 @@ def put_back(unloaded: Sequence[Loaded], say: Callable[[str], None]) -> list[str
         try:
             (_load_sidecar if one["by"] == "llama-sidecar" else _load_swap)(one)
             one["back"] = True
-        except (RoomError, OSError, HTTPException) as exc:
+        except (RoomError, OSError, HTTPException, ValueError) as exc:
             faults.append(f"{one['by']} has not loaded {one['model']} again: {exc}")
     return faults
 
@@ -145,7 +145,8 @@ def _asked(url: str, path: str) -> Any:
     if status == 404:
         return None  # somebody else's port
     if status != 200:
-        raise RoomError(f"{url}{path} answers {status}: {text[:200]!r}")
+        advice = "unload its models yourself, and give '' for its address"
+        raise RoomError(f"{url}{path} answers {status}: {text[:200]!r}; {advice}")
     with contextlib.suppress(ValueError):
         return json.loads(text)
     return None
