@@ -17,8 +17,8 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-integration test-windows test-windows-exe test-windows-unit lint build \
-	build-windows bench bench-flags bench-trace soak eval clean
+.PHONY: help run test test-unit test-integration test-windows test-windows-exe test-windows-unit \
+	lint build build-windows bench bench-flags bench-mtp bench-trace soak eval clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,7 +61,7 @@ build: $(READY) ## make the one-file program dist/llama-sidecar
 build-windows: $(READY) ## make dist/llama-sidecar.exe, on Linux (wine64, gcc-mingw-w64-x86-64)
 	@$(VENV_PYTHON) -m tests.windows_parts build
 
-$(WINDOWS_EXE): $(READY) $(wildcard *.py) flags.json build.spec tests/windows_parts.py
+$(WINDOWS_EXE): $(READY) $(wildcard *.py bench/*.py) flags.json build.spec tests/windows_parts.py
 	@$(VENV_PYTHON) -m tests.windows_parts build
 
 bench: $(READY) ## measure what the daemon adds to a request (needs wrk and nginx)
@@ -69,6 +69,9 @@ bench: $(READY) ## measure what the daemon adds to a request (needs wrk and ngin
 
 bench-flags: $(READY) ## measure what judging the flags of a request costs
 	@$(VENV_PYTHON) bench/validation.py $(ARGS)
+
+bench-mtp: $(READY) ## measure models with speculation and without, by a plan (bench/README.md)
+	@$(VENV_PYTHON) -m bench.mtp_sweep $(ARGS)
 
 bench-trace: $(READY) ## count the loads of a recorded trace, with and without a step's time
 	@$(VENV_PYTHON) -m bench.trace_replay $(ARGS)

@@ -2393,6 +2393,7 @@ def _parser() -> argparse.ArgumentParser:
         "user logs on; the variables set at `install` go with it.",
     )
     task.add_argument("action", choices=["install", "status", "remove", "run"])
+    commands.add_parser("bench-run", help="measure models, as bench/README.md tells")
     return parser
 
 
@@ -2410,6 +2411,10 @@ def _flags_joined(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """0 after an orderly end, 2 if the arguments or the environment cannot be used."""
     winsvc.speak_utf8()
+    if argv[:1] == ["bench-run"]:
+        from bench import job  # the daemon needs none of it
+
+        return job.main(argv[1:])
     options = _parser().parse_args(_flags_joined(argv))
     try:
         if options.command == "service" and options.action != "run":

@@ -926,6 +926,40 @@ def task_xml(program: str, arguments: str, folder: str, user: str) -> str:
     By the Task Scheduler schema 1.2: no end after 72 hours, none on battery,
     another start a minute after a failure. Save it as UTF-16.
     """
+    trigger = {"LogonTrigger": {"Enabled": "true", "UserId": user}}
+    identity = {"UserId": user, "LogonType": "InteractiveToken", "RunLevel": "LeastPrivilege"}
+    return _task(program, arguments, folder, SERVICE_WORDS, trigger, identity, is_kept=True)
+
+
+def unattended_task_xml(
+    program: str, arguments: str, folder: str, user: str, *, is_system: bool, is_at_boot: bool
+) -> str:
+    """A task for a long job with all rights, whether or not anybody is logged on.
+
+    It runs when it is asked to, and with `is_at_boot` at each start of Windows
+    too, as Windows' own account or as `user`, of whom no password is asked. A
+    second start while it runs is ignored. Save it as UTF-16.
+    """
+    trigger = {"BootTrigger": {"Enabled": "true", "Delay": "PT1M"}} if is_at_boot else {}
+    identity = {"UserId": _SYSTEM_ACCOUNT} if is_system else {"UserId": user, "LogonType": "S4U"}
+    identity["RunLevel"] = "HighestAvailable"
+    words = "A sweep of llama-sidecar; bench.remote deletes this task when it is over"
+    return _task(program, arguments, folder, words, trigger, identity, is_kept=False)
+
+
+_SYSTEM_ACCOUNT: Final = "S-1-5-18"
+
+
+def _task(
+    program: str,
+    arguments: str,
+    folder: str,
+    words: str,
+    triggers: Mapping[str, Mapping[str, str]],
+    identity: Mapping[str, str],
+    *,
+    is_kept: bool,
+) -> str:
     settings = {
         "MultipleInstancesPolicy": "IgnoreNew",
         "DisallowStartIfOnBatteries": "false",
@@ -942,16 +976,17 @@ def task_xml(program: str, arguments: str, folder: str, user: str) -> str:
         "Priority": "5",
     }
     task = ElementTree.Element("Task", {"version": "1.2", "xmlns": _TASK_SCHEMA})
-    _add(task, "RegistrationInfo", {"Description": SERVICE_WORDS})
+    _add(task, "RegistrationInfo", {"Description": words})
     trigger = ElementTree.SubElement(task, "Triggers")
-    _add(trigger, "LogonTrigger", {"Enabled": "true", "UserId": user})
+    for name, texts in triggers.items():
+        _add(trigger, name, texts)
     principals = ElementTree.SubElement(task, "Principals")
-    identity = {"UserId": user, "LogonType": "InteractiveToken", "RunLevel": "LeastPrivilege"}
     _add(principals, "Principal", identity).set("id", "Author")
     wanted = _add(task, "Settings", settings)
-    restart = _add(wanted, "RestartOnFailure", {"Interval": "PT1M", "Count": "255"})
-    wanted.remove(restart)
-    wanted.insert(list(settings).index("ExecutionTimeLimit"), restart)
+    if is_kept:
+        restart = _add(wanted, "RestartOnFailure", {"Interval": "PT1M", "Count": "255"})
+        wanted.remove(restart)
+        wanted.insert(list(settings).index("ExecutionTimeLimit"), restart)
     actions = ElementTree.SubElement(task, "Actions", {"Context": "Author"})
     what = {"Command": program, "Arguments": arguments, "WorkingDirectory": folder}
     _add(actions, "Exec", what)

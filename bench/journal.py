@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+HEADER_BEGINS = b'{"schema":'
 REPLACE_TRIES = 20  # Windows lets nobody replace a file that somebody reads
 REPLACE_PAUSE_S = 0.1
 
@@ -69,8 +70,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], above: str = ""
         old, new = then.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{above}{name}.")
-        elif old != new or (name in then) != (name in now):
-            found.append(f"{above}{name}: {json.dumps(old)}, now {json.dumps(new)}")
+            continue
+        was, is_ = (json.dumps(each[name]) if name in each else "nothing" for each in (then, now))
+        if was != is_:
+            found.append(f"{above}{name}: {was}, now {is_}")
     return found
 
 
@@ -85,7 +88,7 @@ def read(path: Path) -> Contents:
     if not lines:
         raise JournalError(f"{path} has no header")
     header = _parsed(lines[0])
-    if header is None or header.get("schema") != SCHEMA or "decides" not in header:
+    if header is None or header.get("schema") != SCHEMA or not _is_object(header, "decides"):
         raise JournalError(f"{path} is no file of results: its first line is no header")
     records: dict[str, Record] = {}
     broken, repeated = [], 0
@@ -99,6 +102,10 @@ def read(path: Path) -> Contents:
     return Contents(header, records, repeated, tuple(broken), len(data) - len(torn))
 
 
+def _is_object(header: Record, name: str) -> bool:
+    return isinstance(header.get(name), dict)
+
+
 def _parsed(line: bytes) -> Record | None:
     try:
         value = json.loads(line)
@@ -108,30 +115,45 @@ def _parsed(line: bytes) -> Record | None:
 
 
 class Journal:
-    """The one writer of a file of results. Use it with `with opened(...)`."""
+    """The one writer of a file of results. Use it with `with opened(...)`.
 
-    def __init__(self, path: Path, contents: Contents, descriptor: int) -> None:
+    The file is open only while a line is written: Windows moves no file that is open.
+    """
+
+    def __init__(self, path: Path, contents: Contents) -> None:
         self.path = path
         self.header = contents.header
         self.records = contents.records
         self.repeated = contents.repeated
-        self._descriptor = descriptor
 
     def append(self, record: Record) -> None:
         """Write one record to the disk. Raises OSError, and then has written nothing of it."""
-        line = as_line(record)
-        end = os.fstat(self._descriptor).st_size
-        try:
-            written = os.write(self._descriptor, line)
-            if written != len(line):
-                raise OSError(f"{self.path}: only {written} of {len(line)} bytes fitted")
-            os.fsync(self._descriptor)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, end)
-            raise
+        _append(self.path, as_line(record))
         self.repeated += record["id"] in self.records
         self.records[record["id"]] = record
+
+
+def _append(path: Path, line: bytes) -> None:
+    with _opened_to_append(path) as descriptor:
+        end = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, line)
+            if written != len(line):
+                raise OSError(f"{path}: only {written} of {len(line)} bytes fitted")
+            os.fsync(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, end)
+            raise
+
+
+@contextlib.contextmanager
+def _opened_to_append(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -152,7 +174,7 @@ def opened(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"schema": SCHEMA, "run_key": run_key(decides), "decides": decides, "about": about}
-    with _locked(path):
+    with locked(path):
         if not _has_header(path):
             write_whole(path, as_line(header))
         contents = read(path)
@@ -169,23 +191,28 @@ def opened(
                 )
             _repair(path, contents.broken)
             contents = read(path)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
-        try:
-            if os.fstat(descriptor).st_size != contents.whole_bytes:
-                os.ftruncate(descriptor, contents.whole_bytes)
-                os.fsync(descriptor)
-            yield Journal(path, contents, descriptor)
-        finally:
-            os.close(descriptor)
+        _cut_off(path, contents.whole_bytes)
+        yield Journal(path, contents)
+
+
+def _cut_off(path: Path, whole_bytes: int) -> None:
+    with _opened_to_append(path) as descriptor:
+        if os.fstat(descriptor).st_size != whole_bytes:
+            os.ftruncate(descriptor, whole_bytes)
+            os.fsync(descriptor)
 
 
 def _has_header(path: Path) -> bool:
-    """False also for a file whose first line never became whole: nothing is lost with it."""
+    """False also where a header never became whole: nothing is lost with it.
+
+    Any other text without an end of line is somebody's file, and not written over.
+    """
     try:
         with path.open("rb") as file:
-            return file.readline().endswith(b"\n")
+            line = file.readline()
     except FileNotFoundError:
         return False
+    return line.endswith(b"\n") or line[: len(HEADER_BEGINS)] != HEADER_BEGINS[: len(line)]
 
 
 def set_aside(path: Path) -> Path:
@@ -233,8 +260,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold .NAME.lock beside the file; a lock ends with its process, so the file may stay."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold .NAME.lock beside the file; a lock ends with its process, so the file may stay.
+
+    Raises JournalError at once if somebody else holds it.
+    """
     file = path.with_name(f".{path.name}.lock")
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:

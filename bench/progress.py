@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -57,6 +59,7 @@ class Progress:
     def report(self, done: int, said: str = "", **more: Any) -> None:
         """`said` stands at the end of the line; `more` are further fields of the JSON."""
         self._done = done
+        said = said if self._is_json else _on_one_line(said)
         if self._is_json:
             self._write_json(said, more)
             return
@@ -65,17 +68,18 @@ class Progress:
         if self._is_bar:
             self._write_bar()
         elif time.monotonic() >= self._shown_at + LINE_EVERY_S or done == self._total:
-            self._write_line(self._line)
+            self._shown_at = time.monotonic()
+            self._write(self._line + "\n")
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         if self._is_json:
             self._write_json(line, {})
         elif self._is_bar:
-            self._write(f"\r\x1b[K{line}\n")
+            self._write(f"\r\x1b[K{_on_one_line(line)}\n")
             self._write_bar()
         else:
-            self._write_line(line)
+            self._write(_on_one_line(line) + "\n")
 
     def close(self) -> None:
         """Leave the last state on the screen and the cursor below it."""
@@ -95,10 +99,6 @@ class Progress:
         width = shutil.get_terminal_size().columns - 1
         self._write("\r\x1b[K" + (bar + self._line)[:width])
 
-    def _write_line(self, line: str) -> None:
-        self._shown_at = time.monotonic()
-        self._write(line + "\n")
-
     def _write_json(self, said: str, more: Mapping[str, Any]) -> None:
         eta_s = self.eta_s
         state = {
@@ -111,8 +111,26 @@ class Progress:
         self._write(json.dumps(state | dict(more)) + "\n")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        """The job goes on if nobody reads any more."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except OSError:
+            _discard(self._stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """From now on, and when the program ends too, what it is given is gone."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _on_one_line(text: str) -> str:
+    """Without what would move the cursor: names and errors come from elsewhere."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def duration(seconds: float) -> str:

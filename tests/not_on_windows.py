@@ -14,8 +14,18 @@ _PROC = "it looks into /proc"
 _BENCH = "make bench is for Linux: wrk, nginx, and a load that selects as Linux does"
 _SLOW = "it takes minutes under Wine"
 _TIME = "its time limits are too short for Wine"
+_SCRIPTS = "Windows starts no scripts, and who watches a host is no Windows"
 
 REASONS = {
+    "test_bench_watch.py::test_the_shell_of_the_host_is_known_by_what_it_makes_of_a_variable": (
+        _SCRIPTS
+    ),
+    "test_bench_watch.py::test_a_host_that_is_no_windows_is_refused": _SCRIPTS,
+    "test_bench_watch.py::test_exit_code_255_is_the_lines_own_and_no_commands": _SCRIPTS,
+    "test_bench_watch.py::test_every_call_is_without_input_and_with_limits": _SCRIPTS,
+    "test_bench_journal.py::test_on_a_full_disk_nothing_half_is_left": (
+        "Windows has no limit on the size of a file"
+    ),
     "test_winsvc.py::test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours": (
         _SIGNALS
     ),

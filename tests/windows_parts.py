@@ -79,6 +79,11 @@ ROWS_OF_EXE_TESTS = {  # by a word in the test's name
 }
 OF_REAL_PARTS = (  # they import packages that have no place in the Windows Python
     "test_b11434.py",
+    "test_bench_gguf_header.py",
+    "test_bench_job.py",
+    "test_bench_mtp_sweep.py",
+    "test_bench_remote.py",
+    "test_bench_yaml_subset.py",
     "test_flags_integration.py",
     "test_integration.py",
     "test_windows.py",
