@@ -27,6 +27,9 @@ from typing import Any
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 
+# The daemon may answer from a process with a larger context; who compares flags wants these.
+EXACT = {"X-Sidecar-Exact": "1"}
+
 MAX_ANSWER_BYTES = 64 << 20
 PIECE_BYTES = 1 << 16
 CONNECT_S = 20.0
@@ -193,7 +196,7 @@ class Client:
 
     def _answer(self, path: str, body: Mapping[str, Any], agent_flags: str) -> Answer:
         data = json.dumps(body).encode("ascii")
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} | EXACT
         if agent_flags:
             headers["X-Agent-Flags"] = agent_flags
         value, sidecar, wall_ms = self._asked("POST", path, data, headers)
