@@ -67,9 +67,7 @@ class Reply:
     @property
     def visible(self) -> str:
         """Without blocks of thoughts, also one that was cut off or begun by the template."""
-        text = _THOUGHT.sub("", self.text)
-        *_, text = _THOUGHT_END.split(text)
-        return _THOUGHT_BEGIN.split(text)[0].strip()
+        return without_thoughts(self.text).strip()
 
     @property
     def is_cut(self) -> bool:
@@ -80,6 +78,13 @@ class Reply:
         if self.is_cut:
             return TRUNCATED
         return NO_ANSWER if self.visible else EMPTY
+
+
+def without_thoughts(text: str) -> str:
+    """What is left keeps the blanks around it: they may mean something in code."""
+    text = _THOUGHT.sub("", text)
+    *_, text = _THOUGHT_END.split(text)
+    return _THOUGHT_BEGIN.split(text)[0]
 
 
 def sample(task: str, seed: int, rows: int, limit: int | None) -> Sequence[int]:
