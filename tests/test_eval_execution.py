@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import winsvc
 from eval import execution, humaneval, keeper
 from eval.data import Problem, Source
 from eval.execution import Verdict, run_program, with_check
@@ -28,8 +28,6 @@ SHORT_S = 1.0 * PATIENCE  # for programs that never come to an end
 RIGHT = "def same(x):\n    return x\n"
 WRONG = "def same(x):\n    return 2\n"
 CHECK = "def check(candidate):\n    assert candidate(1) == 1\n\ncheck(same)\n"
-
-is_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 def judged(solution: str, check: str = CHECK, **limits: Any) -> Verdict:
@@ -85,7 +83,8 @@ HONEST = {
 
 @pytest.mark.parametrize("words", HONEST.values(), ids=HONEST)
 def test_an_honest_program_passes(words: str) -> None:
-    assert judged(f"{words}\n{RIGHT}") == Verdict("passed", "", pytest.approx(0, abs=60))
+    verdict = judged(f"{words}\n{RIGHT}")
+    assert (verdict.outcome, verdict.detail) == ("passed", "")
 
 
 ANSWERS = [
@@ -294,16 +293,14 @@ SYSTEM_TRICKS = {
 }
 
 
-@is_linux
 @pytest.mark.parametrize("solution", SYSTEM_TRICKS.values(), ids=SYSTEM_TRICKS)
 def test_a_trick_with_the_system_fails(solution: str) -> None:
     assert judged(solution).outcome == "failed"
 
 
-@is_linux
 @pytest.mark.parametrize("name", SYSTEM_TRICKS)
 def test_it_fails_too_where_there_are_no_namespaces(name: str) -> None:
-    if name == "looks into the keeper" and os.getuid() == 0:
+    if name == "looks into the keeper" and sys.platform != "win32" and os.getuid() == 0:
         pytest.skip("nothing is closed to the superuser")
     assert judged(SYSTEM_TRICKS[name], is_apart=False).outcome == "failed"
 
@@ -342,7 +339,6 @@ GREEDY = {
 }
 
 
-@is_linux
 @pytest.mark.parametrize(("solution", "why"), GREEDY.values(), ids=GREEDY)
 def test_who_takes_too_much_fails(solution: str, why: str) -> None:
     verdict = judged(solution)
@@ -350,7 +346,6 @@ def test_who_takes_too_much_fails(solution: str, why: str) -> None:
     assert why in verdict.detail
 
 
-@is_linux
 def test_the_memory_of_all_its_processes_counts() -> None:
     solution = """
         import os, time
@@ -393,7 +388,6 @@ def test_what_does_not_end_is_ended(solution: str) -> None:
 # --- the keeper, and who asks it
 
 
-@is_linux
 def test_a_program_ends_with_who_asked_for_it(tmp_path: Path) -> None:
     script = (
         "from eval.execution import *\n"
@@ -404,7 +398,7 @@ def test_a_program_ends_with_who_asked_for_it(tmp_path: Path) -> None:
     try:
         program = wait_until(lambda: processes_with(str(tmp_path)), "the program runs", 60)
     finally:
-        asking.send_signal(signal.SIGKILL)
+        asking.kill()
         asking.wait()
     for pid in program:
         wait_until(lambda: not is_alive(pid), "it is gone", 60)  # noqa: B023 - called at once
@@ -444,6 +438,17 @@ def test_a_detail_is_the_same_in_every_run() -> None:
     solution = "def same(x):\n    raise ValueError(object())"
     first, second = judged(solution), judged(solution)
     assert first.detail == second.detail == "ValueError: <object object at 0x...>"
+
+
+if sys.platform == "win32":
+
+    def test_a_job_has_the_limits_that_it_was_given() -> None:
+        """Read back from Windows: Wine lets programs take more memory all the same."""
+        job = winsvc.LimitedJob(300 << 20, 7)
+        try:
+            assert job.limits() == (300 << 20, 7)
+        finally:
+            job.close()
 
 
 # --- HumanEval itself

@@ -6,7 +6,7 @@ import pytest
 
 from eval.data import Problem
 from eval.execution import run_program
-from eval.humaneval import prompt_of, program_of
+from eval.humaneval import program_of, prompt_of
 
 PROBLEM = Problem(
     task_id="HumanEval/0",
