@@ -74,7 +74,7 @@ class Answered:
         elapsed_ms = self.record["measured"].get("predicted_ms")
         if not self.tokens or self.tokens < 2 or not elapsed_ms:
             return None
-        return (self.tokens - 1) / elapsed_ms * 1000
+        return (self.tokens - 1) / float(elapsed_ms) * 1000
 
     @property
     def calls(self) -> str:
