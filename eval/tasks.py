@@ -44,6 +44,11 @@ def default_limit(name: str) -> int:
     return limits.get(name, HUMANEVAL_LIMIT)
 
 
+def grader_version(name: str) -> str:
+    versions = {gsm8k.NAME: gsm8k.GRADER_VERSION, mmlu.NAME: mmlu.GRADER_VERSION}
+    return versions.get(name, humaneval.GRADER_VERSION)
+
+
 def load(name: str, source: Source, seed: int, limit: int | None, mode: str = mmlu.CHAT) -> Task:
     """Draw the questions; `mode` matters to MMLU alone. Raises DataError."""
     if name == gsm8k.NAME:
