@@ -27,6 +27,7 @@ from eval import contestant as contestants
 from eval.client import Answer, AskError, Client, greedy
 from eval.comparison import EMPTY, ERROR, OK, TRUNCATED, Comparison
 from eval.contestant import Contestant
+from eval.execution import run_program
 from eval.judge import Pair
 from eval.roles import Prompt
 
@@ -245,7 +246,6 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def runner() -> checks.Runner:
     """What a model wrote is run as HumanEval's programs are; "" if it ran through."""
-    from eval.execution import run_program  # only who allows it needs it
 
     def run(program: str) -> str:
         verdict = run_program(program)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval import roles
+from eval import ab, roles
 from eval.checks import KINDS, BadCheck, Reply, ToolCall, code_of, findings, misfits, refuse_bad
 
 REPLIES = Path(__file__).resolve().parent / "ab_replies"
@@ -229,17 +227,10 @@ def golden(name: str) -> Reply:
     return Reply((REPLIES / f"{name}.md").read_text(encoding="utf-8"))
 
 
-def run_here(program: str) -> str:
-    """Our own golden replies need no cage."""
-    command = [sys.executable, "-I", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done.stderr
-
-
 @pytest.mark.parametrize("role", ROLES)
 def test_a_right_reply_passes_every_check(role: str) -> None:
     (prompt,) = (prompt for prompt in roles.load() if prompt.id == role)
-    found = findings(prompt.checks, golden(f"{role}.good"), run_here)
+    found = findings(prompt.checks, golden(f"{role}.good"), ab.runner())
     assert [finding for finding in found if finding.state != "passed"] == []
 
 
@@ -272,7 +263,7 @@ FAILING = {
 @pytest.mark.parametrize("role", ROLES)
 def test_a_wrong_reply_fails_what_it_does_wrong(role: str) -> None:
     (prompt,) = (prompt for prompt in roles.load() if prompt.id == role)
-    found = findings(prompt.checks, golden(f"{role}.bad"), run_here)
+    found = findings(prompt.checks, golden(f"{role}.bad"), ab.runner())
     failed = [finding.label for finding in found if finding.state == "failed"]
     assert ", ".join(failed) == FAILING[role]
 
