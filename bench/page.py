@@ -94,10 +94,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """One line of a forest plot."""
+    """One line of a forest plot. What a test does not show stays without a side's colour."""
 
     label: str
     value: Value | str | None
+    is_shown: bool = True
 
 
 # --- text
@@ -305,7 +306,7 @@ def forest(
             words = value.text if isinstance(value, Value) else value or "no value"
             parts.append(frame.written(words, middle, is_missing=True))
         else:
-            side = _side(value, reference, is_higher_better)
+            side = _side(value, reference, is_higher_better) if dot.is_shown else "neutral"
             hint = html.escape(f"{dot.label}: {value.text}")
             parts.append(
                 f'<g class="{side}">{frame.whisker(value, middle)}'
