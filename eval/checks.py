@@ -15,13 +15,16 @@ import json
 import re
 import shlex
 import sqlite3
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from eval.execution import with_check
+
 Spec = Mapping[str, Any]
 State = Literal["passed", "failed", "skipped"]
-Runner = Callable[[str], str]  # a whole Python program -> "" if it ran through, else why not
+Runner = Callable[[str], str]  # a program of eval.execution's -> "" if it passed, else why not
 
 SQL_STEPS_A_CALL = 10_000
 SQL_CALLS = 500  # so a statement that never ends is stopped within a second or two
@@ -36,6 +39,7 @@ STOP_WORDS = {
     "fr": "le la les et est ne pas un une si sur avec il en ou que de ce pour qui",
 }
 FEWEST_STOP_WORDS = 5
+PROBE, DONE = "probe_of_the_check", "done"
 
 FENCE = re.compile(
     r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL
@@ -349,9 +353,15 @@ def _python_runs(spec: Spec, reply: Reply) -> str:
 
 
 def program_of(spec: Spec, code: str) -> str:
-    """What a check of the kind python_runs executes: our lines before, the reply, our lines."""
-    parts = [as_text(spec.get("before", "")), code, as_text(spec["after"])]
-    return "\n".join(parts) + "\n"
+    """What a check of the kind python_runs executes: our lines before, the reply, our lines.
+
+    The last stand in a function that the check calls from another process.
+    """
+    after = textwrap.indent(as_text(spec["after"]), "    ")
+    probe = f"def {PROBE}():\n{after}\n    return {DONE!r}"
+    check = f"assert {PROBE}() == {DONE!r}"
+    solution = "\n\n".join([as_text(spec.get("before", "")), code, probe])
+    return with_check(solution, check, PROBE)
 
 
 @_kind("shell_splits")

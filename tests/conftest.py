@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tests import windows_parts
+from tests.browser import browser as browser
 from tests.not_on_windows import REASONS
 
 
