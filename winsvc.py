@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -183,8 +183,10 @@ def _start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[byt
 if sys.platform == "win32":
     from ctypes import wintypes
 
+    _JOB_OBJECT_ACCOUNTING = 1
     _JOB_OBJECT_EXTENDED_LIMITS = 9
     _JOB_KILL_ON_CLOSE = 0x2000
+    _JOB_PROCESSES, _JOB_PROCESS_MEMORY = 0x8, 0x100
 
     class _BasicLimits(ctypes.Structure):
         _fields_ = [
@@ -260,6 +262,68 @@ if sys.platform == "win32":
         _kernel32().WaitForSingleObject(process, _FOR_EVER)
         os._exit(1)  # `contain_children` takes the children along
 
+    _Struct = TypeVar("_Struct", bound=ctypes.Structure)
+
+    class _Accounting(ctypes.Structure):
+        _fields_ = [
+            ("Times", wintypes.LARGE_INTEGER * 4),
+            ("TotalPageFaultCount", wintypes.DWORD),
+            ("TotalProcesses", wintypes.DWORD),
+            ("ActiveProcesses", wintypes.DWORD),
+            ("TotalTerminatedProcesses", wintypes.DWORD),
+        ]
+
+    class LimitedJob:
+        """A job object for programs that nobody trusts: closing it ends all in it.
+
+        Each of them has so many bytes of memory, and no more than so many run at once.
+        Raises OSError.
+        """
+
+        def __init__(self, memory_bytes: int, most_processes: int) -> None:
+            limits = _ExtendedLimits()
+            limits.Basic.LimitFlags = _JOB_KILL_ON_CLOSE | _JOB_PROCESSES | _JOB_PROCESS_MEMORY
+            limits.Basic.ActiveProcessLimit = most_processes
+            limits.ProcessMemoryLimit = memory_bytes
+            self._handle = _kernel32().CreateJobObjectW(None, None)
+            self._checked(
+                self._handle
+                and _kernel32().SetInformationJobObject(
+                    *(self._handle, _JOB_OBJECT_EXTENDED_LIMITS),
+                    *(ctypes.byref(limits), ctypes.sizeof(limits)),
+                )
+            )
+
+        def add(self, process: subprocess.Popen[bytes]) -> None:
+            """What it starts from now on is inside too."""
+            handle = int(process._handle)  # type: ignore[attr-defined]  # as asyncio reads it
+            self._checked(_kernel32().AssignProcessToJobObject(self._handle, handle))
+
+        def limits(self) -> tuple[int, int]:
+            """As Windows has stored them: bytes of memory, and processes."""
+            found = self._asked(_JOB_OBJECT_EXTENDED_LIMITS, _ExtendedLimits())
+            return found.ProcessMemoryLimit, found.Basic.ActiveProcessLimit
+
+        def active_processes(self) -> int:
+            """How many run inside at this moment."""
+            count: int = self._asked(_JOB_OBJECT_ACCOUNTING, _Accounting()).ActiveProcesses
+            return count
+
+        def _asked(self, what: int, found: _Struct) -> _Struct:
+            self._checked(
+                _kernel32().QueryInformationJobObject(
+                    *(self._handle, what, ctypes.byref(found), ctypes.sizeof(found), None)
+                )
+            )
+            return found
+
+        def close(self) -> None:
+            _kernel32().CloseHandle(self._handle)
+
+        def _checked(self, is_done: int) -> None:
+            if not is_done:
+                raise ctypes.WinError(ctypes.get_last_error())
+
     def _apart() -> dict[str, Any]:
         """Without our console and process group; `contain_children` ties it to us."""
         flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
@@ -315,6 +379,13 @@ if sys.platform == "win32":
             wintypes.DWORD,
         ]
         kernel32.AssignProcessToJobObject.argtypes = [wintypes.HANDLE, wintypes.HANDLE]
+        kernel32.QueryInformationJobObject.argtypes = [
+            wintypes.HANDLE,
+            ctypes.c_int,
+            ctypes.c_void_p,
+            wintypes.DWORD,
+            ctypes.c_void_p,
+        ]
         kernel32.OpenProcess.restype = wintypes.HANDLE
         kernel32.OpenProcess.argtypes = [wintypes.DWORD, wintypes.BOOL, wintypes.DWORD]
         kernel32.CloseHandle.argtypes = [wintypes.HANDLE]

@@ -2,13 +2,15 @@
 
 What is put in as `str` is text and is escaped; `Markup` is what these functions return and
 goes in as it is. Charts are SVG inside the page: bars in groups, with whiskers, and a
-forest plot. Colours follow the reader's light or dark setting; there is no script, and the
-page forbids its own browser to load anything.
+forest plot. Colours follow the reader's light or dark setting. The page forbids its own
+browser to load anything, and to run any script but the one it was made with, if any.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import html
 import math
 import re
@@ -92,10 +94,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """One line of a forest plot."""
+    """One line of a forest plot. What a test does not show stays without a side's colour."""
 
     label: str
     value: Value | str | None
+    is_shown: bool = True
 
 
 # --- text
@@ -170,17 +173,21 @@ def side_by_side(*parts: Text) -> Markup:
     return tag("div", *(tag("div", part) for part in parts), class_="columns")
 
 
-def page(title: str, *parts: Text) -> str:
-    """The whole file, to be written as UTF-8."""
+def page(title: str, *parts: Text, style: str = "", script: str = "") -> str:
+    """The whole file, to be written as UTF-8. `style` and `script` are put in as they are."""
     body = "\n".join(_inner(part) for part in parts)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f" script-src 'sha256-{digest}';" if script else ""
+    script_tag = f"<script>{script}</script>\n" if script else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
+        f"content=\"default-src 'none'; style-src 'unsafe-inline';{allowed} img-src data:\">\n"
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>{html.escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>{html.escape(title)}</h1>\n{body}\n</main>\n"
+        f"{script_tag}</body>\n</html>\n"
     )
 
 
@@ -285,17 +292,18 @@ def _bar(frame: _Frame, top: float, value: Value | str | None, number: int, name
 def forest(
     title: str,
     dots: Sequence[Dot],
-    reference: float,
+    reference: float | None,
     unit: str = "",
     *,
     is_higher_better: bool = True,
 ) -> Markup:
     """Dots with intervals beside a line for "no difference".
 
-    One whose interval lies wholly on a side of the line has that side's colour.
+    One whose interval lies wholly on a side of the line has that side's colour. With no
+    reference there is no line, and the axis begins at zero.
     """
     values = [dot.value for dot in dots]
-    frame = _Frame.around([dot.label for dot in dots], values, includes=reference)
+    frame = _Frame.around([dot.label for dot in dots], values, includes=reference or 0.0)
     parts, top = [], 0.0
     for dot in dots:
         height = max(ROW_HEIGHT, len(frame.lines_of(dot.label)) * LINE_HEIGHT + 6)
@@ -306,7 +314,7 @@ def forest(
             words = value.text if isinstance(value, Value) else value or "no value"
             parts.append(frame.written(words, middle, is_missing=True))
         else:
-            side = _side(value, reference, is_higher_better)
+            side = _side(value, reference, is_higher_better) if dot.is_shown else "neutral"
             hint = html.escape(f"{dot.label}: {value.text}")
             parts.append(
                 f'<g class="{side}">{frame.whisker(value, middle)}'
@@ -316,12 +324,16 @@ def forest(
             )
         top += height
     bottom = top + PAD / 2
-    axis = frame.axis(bottom, unit) + frame.rule(reference, bottom, "reference")
+    axis = frame.axis(bottom, unit)
+    if reference is not None:
+        axis += frame.rule(reference, bottom, "reference")
     return _figure(title, Markup(""), frame.svg(title, axis, parts, bottom))
 
 
-def _side(value: Value, reference: float, is_higher_better: bool) -> str:
-    if value.low is None or value.high is None or value.low <= reference <= value.high:
+def _side(value: Value, reference: float | None, is_higher_better: bool) -> str:
+    if reference is None or value.low is None or value.high is None:
+        return "neutral"
+    if value.low <= reference <= value.high:
         return "neutral"
     return "good" if (value.low > reference) == is_higher_better else "bad"
 

@@ -1,0 +1,1 @@
+"""How good answers are: benchmarks and comparisons, over the daemon or any OpenAI address."""

@@ -1,0 +1,559 @@
+"""python -m eval.run: ask a benchmark's questions, one after another, and score the replies.
+
+What was answered is on the disk before the next question is asked, so a run that is
+killed goes on where it was: the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import platform
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from bench import journal
+from bench.progress import Progress
+from eval import contestant as contestants
+from eval import mmlu, results, tasks, verdicts
+from eval.client import Answer, AskError, Client, greedy
+from eval.contestant import Contestant
+from eval.data import DataError, Source
+from eval.results import Record, Summary
+from eval.task import CORRECT, ERROR, UNSCORED, Question, Reply
+from eval.tasks import Task
+
+DEFAULT_URL = "http://127.0.0.1:8402"
+DEFAULT_OUT = Path("eval-results")
+MAX_TOKENS = 2048
+MAX_TOKENS_THINKING = 8192
+RETRY_PAUSE_S = 1.0  # and then twice, three times as long
+MAX_ERRORS_IN_A_ROW = 5  # then the server is down, and the rest would fail alike
+POLL_S = 0.5  # Windows delivers Ctrl-C only between waits
+INTERRUPTED = 130
+
+
+class RunError(Exception):
+    """This contestant cannot go on; in words for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    base_url: str
+    out: Path
+    source: Source
+    seed: int
+    max_tokens: int
+    thinking: str  # "on", "off", or "" for what the model does by itself
+    parallel: int
+    tries: int
+    timeout_s: float
+    api_key: str
+    is_new_run: bool
+    is_repair: bool
+    is_json: bool
+    allows_code: bool
+
+    def client(self) -> Client:
+        return Client(self.base_url, self.timeout_s, api_key=self.api_key)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        chosen = contestants.chosen(args)
+        settings = _settings(args)
+        settings.client()
+    except ValueError as exc:
+        parser.error(str(exc))
+    try:
+        loaded = [
+            tasks.load(name, settings.source, args.seed, _limit(args, name), args.mode)
+            for name in args.task
+        ]
+        return _run_all(loaded, chosen, settings)
+    except DataError as exc:
+        print(f"eval: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"\neval: interrupted; every answer so far is in {settings.out}, and the same command "
+            "goes on with it",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.run",
+        description="Ask a model the questions of a benchmark and score its replies. "
+        "The same command again goes on where it was interrupted.",
+    )
+    parser.add_argument(
+        "--task",
+        type=_task_names,
+        required=True,
+        metavar="TASK",
+        help=f"{', '.join(tasks.NAMES)}, or several with commas",
+    )
+    contestants.add_arguments(parser)
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--base-url",
+        default=DEFAULT_URL,
+        help="the daemon, or any server that speaks OpenAI's protocol (%(default)s)",
+    )
+    where.add_argument("--api-key-env", metavar="NAME", help="the variable that holds its API key")
+    where.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, help="folder for the results (%(default)s)"
+    )
+    where.add_argument(
+        "--data-dir", type=Path, help="copies of the data at hand; without it they are downloaded"
+    )
+    what = parser.add_argument_group("what is asked")
+    what.add_argument(
+        "--limit",
+        type=_count_or_all,
+        help="questions a task, or all (mmlu 100, gsm8k 50, humaneval 164)",
+    )
+    what.add_argument("--seed", type=int, default=1, help="another one draws others (%(default)s)")
+    what.add_argument(
+        "--mode",
+        choices=mmlu.MODES,
+        default=mmlu.CHAT,
+        help="for mmlu: logprob asks for the likeliest letter after five examples",
+    )
+    what.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        default="",
+        help="tell the model's template so; without it the model does as it does",
+    )
+    what.add_argument(
+        "--max-tokens",
+        type=_positive,
+        help=f"budget of a reply, thoughts included "
+        f"({MAX_TOKENS}; {MAX_TOKENS_THINKING} with --thinking on)",
+    )
+    what.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="for humaneval: run the programs that the model wrote, on this machine",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--parallel",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="requests at once; more than 1 may change answers from run to run",
+    )
+    how.add_argument(
+        "--tries",
+        type=_positive,
+        default=3,
+        help="of a question that the server fails to answer (%(default)s)",
+    )
+    how.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="for one answer (%(default)s)",
+    )
+    how.add_argument(
+        "--new-run",
+        action="store_true",
+        help="set results of a run with other settings aside instead of refusing to mix",
+    )
+    how.add_argument("--repair", action="store_true", help="drop broken lines of a results file")
+    how.add_argument("--json", action="store_true", help="progress and scores as JSON lines")
+    return parser
+
+
+def _task_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in tasks.NAMES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(tasks.NAMES)}")
+    return list(dict.fromkeys(names))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _count_or_all(text: str) -> int | str:
+    return "all" if text == "all" else _positive(text)
+
+
+def _limit(args: argparse.Namespace, name: str) -> int | None:
+    if args.limit == "all":
+        return None
+    return int(args.limit or tasks.default_limit(name))
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """Raises ValueError, in words for the user."""
+    usual = MAX_TOKENS_THINKING if args.thinking == "on" else MAX_TOKENS
+    if args.api_key_env and not os.environ.get(args.api_key_env):
+        raise ValueError(f"the variable {args.api_key_env} of --api-key-env is empty")
+    if not args.timeout > 0:
+        raise ValueError("--timeout takes seconds above 0")
+    return Settings(
+        base_url=args.base_url,
+        out=args.out,
+        source=Source(args.data_dir),
+        seed=args.seed,
+        max_tokens=args.max_tokens or usual,
+        thinking=args.thinking,
+        parallel=args.parallel,
+        tries=args.tries,
+        timeout_s=args.timeout,
+        api_key=os.environ[args.api_key_env] if args.api_key_env else "",
+        is_new_run=args.new_run,
+        is_repair=args.repair,
+        is_json=args.json,
+        allows_code=args.allow_code_execution,
+    )
+
+
+def _run_all(loaded: list[Task], chosen: list[Contestant], settings: Settings) -> int:
+    """One contestant after another, so that each model is loaded once."""
+    found: list[Summary] = []
+    is_failed = False
+    for contestant in chosen:
+        for task in loaded:
+            try:
+                found.append(_run(task, contestant, settings))
+            except (RunError, AskError, journal.JournalError, OSError) as exc:
+                print(f"eval: {task.name}, {contestant}: {exc}", file=sys.stderr)
+                is_failed = True
+    _show(found, settings)
+    return 1 if is_failed or any(one.outcomes[ERROR] for one in found) else 0
+
+
+def _run(task: Task, contestant: Contestant, settings: Settings) -> Summary:
+    """Ask what is not yet answered, run what is not yet run."""
+    path = results.file_of(settings.out, task.name, contestant)
+    decides = _decides(task, contestant, settings)
+    about = _about(task, settings)
+    if not _is_done(path, decides, task):
+        with settings.client() as client:
+            about["server"] = _server(client, task, contestant, settings)
+        _check_server(path, decides, about["server"], settings)
+    with journal.opened(
+        path, decides, about, is_new_run=settings.is_new_run, is_repair=settings.is_repair
+    ) as results_file:
+        _ask_all(results_file, task, contestant, settings)
+    if task.problems and settings.allows_code:
+        verdicts.judge(path, task.problems, is_json=settings.is_json)
+    return results.summary(results.read(path))
+
+
+def _decides(task: Task, contestant: Contestant, settings: Settings) -> Record:
+    """All that can change an answer, and so what a run may not be gone on with otherwise."""
+    return {
+        "task": task.name,
+        "mode": task.mode,
+        "contestant": contestant.decides(),
+        "ids_sha256": task.ids_sha256,
+        "data_sha256": task.data_sha256,
+        "prompt_version": task.prompt_version,
+        "seed": settings.seed,
+        "sampling": _body_of_all(task, settings),
+        "thinking": settings.thinking or "as the model does",
+        "parallel": settings.parallel,
+    }
+
+
+def _about(task: Task, settings: Settings) -> Record:
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "base_url": settings.base_url,
+        "is_reproducible": settings.parallel == 1,
+        "grader_version": task.grader_version,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "server": {},
+        "ids": task.ids,
+    }
+
+
+def _body_of_all(task: Task, settings: Settings) -> Record:
+    """What the body of every question holds beside the question."""
+    if task.mode == mmlu.LOGPROB:
+        count = mmlu.CANDIDATES  # llama-server takes either name, others know only OpenAI's
+        return greedy(1, settings.seed) | {"logprobs": count, "n_probs": count}
+    thinking = {"enable_thinking": settings.thinking == "on"}
+    kwargs = {"chat_template_kwargs": thinking} if settings.thinking else {}
+    return greedy(settings.max_tokens, settings.seed) | kwargs
+
+
+def _is_done(path: Path, decides: Record, task: Task) -> bool:
+    """Whether the very run is in the file, whole: then nobody needs to be asked."""
+    try:
+        contents = journal.read(path)
+    except (OSError, journal.JournalError):
+        return False
+    is_same = contents.header["run_key"] == journal.run_key(decides)
+    return is_same and not contents.broken and not _left(contents.records, task)
+
+
+def _left(records: Mapping[str, Record], task: Task) -> list[Question]:
+    done = {name for name, record in records.items() if record["outcome"] != ERROR}
+    return [question for question in task.questions if question.id not in done]
+
+
+# --- the server
+
+
+def _server(client: Client, task: Task, contestant: Contestant, settings: Settings) -> Record:
+    """Who will answer: learned by a first request, which loads the model too."""
+    hello = Question("", "", ({"role": "user", "content": "Hello"},), "Hello")
+    first = _asked(client, task, contestant, settings, hello, one_token=True)
+    return _described(client, first)
+
+
+def _described(client: Client, first: Answer) -> Record:
+    props = client.props()
+    rows = [row for row in client.sidecars() if row.get("hash") == first.sidecar]
+    row = rows[0] if rows else {}
+    model_path = row.get("model_path") or props.get("model_path") or ""
+    return {
+        "build": props.get("build_info") or first.build,
+        "args": row.get("args"),
+        "sidecar": first.sidecar,
+        "n_ctx": (props.get("default_generation_settings") or {}).get("n_ctx"),
+        "slots": props.get("total_slots"),
+        "model_path": model_path,
+        **_file_facts(model_path),
+    }
+
+
+def _file_facts(model_path: str) -> Record:
+    """Size and time of the model file, where the server is on this machine."""
+    with contextlib.suppress(OSError, ValueError):
+        stat = Path(model_path).stat()
+        when = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC)
+        return {"model_bytes": stat.st_size, "model_mtime": when.isoformat(timespec="seconds")}
+    return {"model_bytes": None, "model_mtime": None}
+
+
+def _check_server(path: Path, decides: Record, now: Record, settings: Settings) -> None:
+    """Refuse to go on with another llama.cpp or model file than the run began with."""
+    if not path.exists():
+        return
+    try:
+        header = journal.read(path).header
+    except journal.JournalError:
+        return  # journal.opened says it better
+    then = header["about"].get("server") or {}
+    names = ("build", "model_bytes", "model_mtime")
+    changed = [name for name in names if then.get(name) and then[name] != now[name]]
+    if header["run_key"] != journal.run_key(decides) or not changed:
+        return
+    if settings.is_new_run:
+        journal.set_aside(path)
+        return
+    shown = ", ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
+    raise RunError(f"{path} was begun with another server: {shown}. --new-run begins anew")
+
+
+# --- questions
+
+
+def _ask_all(
+    results_file: journal.Journal, task: Task, contestant: Contestant, settings: Settings
+) -> None:
+    """Ask what is left; each record is on the disk before the next question goes out."""
+    left = _left(results_file.records, task)
+    total = len(task.questions)
+    with (
+        Progress(
+            f"{task.name} {contestant}", total, total - len(left), is_json=settings.is_json
+        ) as progress,
+        _Askers(task, contestant, settings) as askers,
+    ):
+        errors_in_a_row = 0
+        for question, answer in askers.answers(left):
+            record = _record(task, question, answer, results_file)
+            results_file.append(record)
+            _report(progress, results_file, total)
+            errors_in_a_row = errors_in_a_row + 1 if record["outcome"] == ERROR else 0
+            if errors_in_a_row == MAX_ERRORS_IN_A_ROW:
+                raise RunError(
+                    f"{errors_in_a_row} errors in a row, the last: {record['error']}. "
+                    "The same command goes on"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """Instead of an answer; `attempts` were made for it."""
+
+    error: AskError
+    attempts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answered:
+    answer: Answer
+    attempts: int
+
+
+class _Askers:
+    """Threads that ask, `parallel` questions at once; leaving cuts them off."""
+
+    def __init__(self, task: Task, contestant: Contestant, settings: Settings) -> None:
+        self._ask_one = functools.partial(_tried, task, contestant, settings)
+        self._clients = [settings.client() for _ in range(settings.parallel)]
+        self._stopping = threading.Event()
+        self._threads = ThreadPoolExecutor(settings.parallel)
+
+    def __enter__(self) -> _Askers:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._stopping.set()
+        for client in self._clients:
+            client.abort()
+        self._threads.shutdown(cancel_futures=True)
+        for client in self._clients:
+            client.close()
+
+    def answers(
+        self, questions: Sequence[Question]
+    ) -> Iterator[tuple[Question, _Answered | _Failed]]:
+        """As they come. The next question goes out when the caller comes back for more."""
+        left, free = deque(questions), list(self._clients)
+        running: dict[Future[_Answered | _Failed], tuple[Question, Client]] = {}
+        while left or running:
+            while left and free:
+                question, client = left.popleft(), free.pop()
+                future = self._threads.submit(self._ask_one, self._stopping, client, question)
+                running[future] = question, client
+            done, _ = wait(running, POLL_S, FIRST_COMPLETED)
+            for future in done:
+                question, client = running.pop(future)
+                yield question, future.result()
+                free.append(client)
+
+
+def _tried(
+    task: Task,
+    contestant: Contestant,
+    settings: Settings,
+    stopping: threading.Event,
+    client: Client,
+    question: Question,
+) -> _Answered | _Failed:
+    """Up to `tries` times. Raises AskError where no question will be answered."""
+    for attempt in range(1, settings.tries + 1):
+        try:
+            answer = _asked(client, task, contestant, settings, question)
+            return _Answered(answer, attempt)
+        except AskError as exc:
+            if exc.is_hopeless:
+                raise
+            is_last = attempt == settings.tries or not exc.is_retryable
+            if is_last or stopping.wait(RETRY_PAUSE_S * attempt):
+                return _Failed(exc, attempt)
+    raise AssertionError("tries is at least 1")
+
+
+def _asked(
+    client: Client,
+    task: Task,
+    contestant: Contestant,
+    settings: Settings,
+    question: Question,
+    *,
+    one_token: bool = False,
+) -> Answer:
+    body: Record = {"model": contestant.model} | _body_of_all(task, settings)
+    if one_token:
+        body["max_tokens"] = 1
+    if task.mode == mmlu.LOGPROB:
+        return client.complete(body | {"prompt": question.prompt}, contestant.agent_flags)
+    return client.chat(body | {"messages": list(question.messages)}, contestant.agent_flags)
+
+
+def _record(
+    task: Task,
+    question: Question,
+    answered: _Answered | _Failed,
+    results_file: journal.Journal,
+) -> Record:
+    before = results_file.records.get(question.id, {}).get("attempts", 0)
+    attempts = before + answered.attempts
+    if isinstance(answered, _Failed):
+        error = str(answered.error)
+        return {"id": question.id, "outcome": ERROR, "error": error, "attempts": attempts}
+    answer = answered.answer
+    grade = task.grade(question.id, Reply.of_answer(answer), question.gold)
+    tokens = {"tokens": [list(pair) for pair in answer.tokens]} if answer.tokens else {}
+    return {
+        "id": question.id,
+        "outcome": grade.outcome,
+        "answer": grade.answer,
+        "gold": question.gold or None,
+        **grade.more,
+        "reply": answer.reply,
+        "reasoning": answer.reasoning,
+        "finish_reason": answer.finish_reason,
+        **tokens,
+        "prompt_sha256": _prompt_sha256(question),
+        "grader": task.grader_version,
+        "attempts": attempts,
+        "measured": answer.measured,
+    }
+
+
+def _prompt_sha256(question: Question) -> str:
+    said: dict[str, Any] = {"messages": list(question.messages), "prompt": question.prompt}
+    return journal.run_key(said)
+
+
+# --- what is shown
+
+
+def _report(progress: Progress, results_file: journal.Journal, total: int) -> None:
+    outcomes = [record["outcome"] for record in results_file.records.values()]
+    errors = outcomes.count(ERROR)
+    scored = len(outcomes) - errors - outcomes.count(UNSCORED)
+    correct = outcomes.count(CORRECT)
+    said = f"{correct}/{scored} right" if scored else ""
+    if errors:
+        said = f"{said}, {errors} errors".lstrip(", ")
+    done = len(outcomes) - errors
+    progress.report(done, said, correct=correct, scored=scored, errors=errors)
+
+
+def _show(found: Sequence[Summary], settings: Settings) -> None:
+    if settings.is_json:
+        print(json.dumps({"results": [one.as_json() for one in found]}))
+        return
+    for one in found:
+        print(f"{one.task}  {one.contestant}: {results.sentence(one)}")
+        if one.unscored and not settings.allows_code:
+            print("  programs are run only with --allow-code-execution; replies are kept")
+        if one.outcomes[ERROR]:
+            print(f"  {one.outcomes[ERROR]} without an answer: the same command asks them again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
