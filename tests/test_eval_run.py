@@ -162,7 +162,9 @@ def test_other_settings_are_not_mixed_into_a_run(
     with Replying(right).running() as server:
         assert bench.main(server, "--limit", "4") == 0
         before = bench.file().read_bytes()
+        server.reply = lambda body: (500, {})
         assert bench.main(server, "--limit", "4", "--seed", "9") == 1
+        server.reply = right
         assert "seed: 1, now 9" in capsys.readouterr().err
         assert bench.file().read_bytes() == before
         assert bench.main(server, "--limit", "4", "--seed", "9", "--new-run") == 0
