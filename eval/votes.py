@@ -125,11 +125,13 @@ def read(text: str, key: Mapping[str, Any]) -> dict[str, str]:
     if not found or found[1] != key.get("sheet"):
         raise BadSheet("this sheet does not belong to this key")
     votes: dict[str, str] = {}
+    seen: set[str] = set()
     for line_number, number, vote in _vote_lines(text):
         if number not in key["questions"]:
             raise BadSheet(f"line {line_number}: there is no question {number}")
-        if number in votes:
+        if number in seen:
             raise BadSheet(f"line {line_number}: a second vote on question {number}")
+        seen.add(number)
         if vote and vote.upper() not in SCORES:
             raise BadSheet(f"line {line_number}: {vote!r} is none of A, B and T")
         if vote:
