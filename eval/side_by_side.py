@@ -145,6 +145,10 @@ def _ranking(ranking: Ranking, found: Comparison) -> list[Markup]:
                 rating.interval.high,
                 f"{rating.elo:.0f} [{rating.interval.low:.0f}, {rating.interval.high:.0f}]",
             ),
+            is_shown=any(
+                duel.is_shown and rating.contestant in (duel.first, duel.second)
+                for duel in ranking.duels
+            ),
         )
         for rating in ranking.ratings
     ]
