@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -182,6 +182,7 @@ def _start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[byt
 if sys.platform == "win32":
     from ctypes import wintypes
 
+    _JOB_OBJECT_ACCOUNTING = 1
     _JOB_OBJECT_EXTENDED_LIMITS = 9
     _JOB_KILL_ON_CLOSE = 0x2000
     _JOB_PROCESSES, _JOB_PROCESS_MEMORY = 0x8, 0x100
@@ -232,6 +233,17 @@ if sys.platform == "win32":
             raise ctypes.WinError(ctypes.get_last_error())
         _jobs.append(job)  # never closed by us: Windows closes it when we end
 
+    _Struct = TypeVar("_Struct", bound=ctypes.Structure)
+
+    class _Accounting(ctypes.Structure):
+        _fields_ = [
+            ("Times", wintypes.LARGE_INTEGER * 4),
+            ("TotalPageFaultCount", wintypes.DWORD),
+            ("TotalProcesses", wintypes.DWORD),
+            ("ActiveProcesses", wintypes.DWORD),
+            ("TotalTerminatedProcesses", wintypes.DWORD),
+        ]
+
     class LimitedJob:
         """A job object for programs that nobody trusts: closing it ends all in it.
 
@@ -260,14 +272,21 @@ if sys.platform == "win32":
 
         def limits(self) -> tuple[int, int]:
             """As Windows has stored them: bytes of memory, and processes."""
-            found = _ExtendedLimits()
+            found = self._asked(_JOB_OBJECT_EXTENDED_LIMITS, _ExtendedLimits())
+            return found.ProcessMemoryLimit, found.Basic.ActiveProcessLimit
+
+        def active_processes(self) -> int:
+            """How many run inside at this moment."""
+            count: int = self._asked(_JOB_OBJECT_ACCOUNTING, _Accounting()).ActiveProcesses
+            return count
+
+        def _asked(self, what: int, found: _Struct) -> _Struct:
             self._checked(
                 _kernel32().QueryInformationJobObject(
-                    *(self._handle, _JOB_OBJECT_EXTENDED_LIMITS),
-                    *(ctypes.byref(found), ctypes.sizeof(found), None),
+                    *(self._handle, what, ctypes.byref(found), ctypes.sizeof(found), None)
                 )
             )
-            return found.ProcessMemoryLimit, found.Basic.ActiveProcessLimit
+            return found
 
         def close(self) -> None:
             _kernel32().CloseHandle(self._handle)

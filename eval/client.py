@@ -12,6 +12,7 @@ import json
 import math
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Mapping
@@ -136,6 +137,7 @@ class Client:
         self._patience_s = patience_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._connection: HTTPConnection | None = None
+        self._aborted = threading.Event()
 
     def __enter__(self) -> Client:
         return self
@@ -150,7 +152,7 @@ class Client:
 
     def abort(self) -> None:
         """Make a call that another thread waits in fail at once; the client is of no more use."""
-        self._patience_s = 0.0
+        self._aborted.set()
         connection = self._connection
         sock = connection.sock if connection is not None else None
         if sock is not None:
@@ -219,7 +221,8 @@ class Client:
                 pause_s = exc.retry_after_s or BUSY_PAUSE_S
                 if exc.status not in BUSY or time.monotonic() + pause_s > deadline:
                     raise
-                time.sleep(pause_s)
+                if self._aborted.wait(pause_s):
+                    raise
 
     def _once(
         self, method: str, path: str, data: bytes | None, headers: Mapping[str, str]
@@ -252,6 +255,8 @@ class Client:
             with contextlib.suppress(RemoteDisconnected, ConnectionError):
                 return self._sent_on(self._connection, method, path, data, headers)
             self.close()
+        if self._aborted.is_set():
+            raise ConnectionAbortedError("it was cut off from here")
         self._connection = self._connected()
         return self._sent_on(self._connection, method, path, data, headers)
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,8 +94,8 @@ def _judged(job: keeper.Message) -> Verdict:
         **_apart(),
     )
     try:
-        with _contained(process, job["memory_bytes"]):
-            return _Conversation(process).verdict(job)
+        with _contained(process, job["memory_bytes"]) as has_others:
+            return _Conversation(process, has_others).verdict(job)
     finally:
         process.kill()
         process.wait()
@@ -104,10 +104,11 @@ def _judged(job: keeper.Message) -> Verdict:
 class _Conversation:
     """What is said to a keeper, and what it answers."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], has_others: Callable[[], bool]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self._process = process
+        self._has_others = has_others
         self._asked, self._told = process.stdin, process.stdout
         self._heard: queue.SimpleQueue[keeper.Message | None] = queue.SimpleQueue()
         self._last_said = ""
@@ -132,11 +133,14 @@ class _Conversation:
             return _unjudged(f"no keeper: {self._last_said}".rstrip(": "))
         if not self._next("checked", keeper.START_S + job["timeout_s"] + ENDING_S):
             return _ended_from_within(job)
+        is_alone = not self._has_others()
         token = secrets.token_hex(16)  # made only now: nobody below can know it before
         self._say({"token": token})
         result = self._next("token", ENDING_S)
         if not result or result["token"] != token:
             return _ended_from_within(job)
+        if result["outcome"] == "passed" and not is_alone:
+            return Verdict("failed", keeper.LEFT_A_PROCESS, result["wall_s"])
         return Verdict(result["outcome"], result["detail"], result["wall_s"])
 
     def _say(self, message: keeper.Message) -> None:
@@ -197,12 +201,17 @@ if sys.platform == "win32":
         return {"creationflags": subprocess.DETACHED_PROCESS}
 
     @contextlib.contextmanager
-    def _contained(process: subprocess.Popen[bytes], memory_bytes: int) -> Iterator[None]:
-        """The keeper waits for its job to be sent, so all that it starts is inside."""
+    def _contained(
+        process: subprocess.Popen[bytes], memory_bytes: int
+    ) -> Iterator[Callable[[], bool]]:
+        """End all with this context, and tell whether others run than keeper and program.
+
+        The keeper waits for its job to be sent, so all that it starts is inside.
+        """
         job = winsvc.LimitedJob(memory_bytes, keeper.MOST_PROCESSES)
         try:
             job.add(process)
-            yield
+            yield lambda: job.active_processes() > 2
         finally:
             job.close()
 
@@ -215,6 +224,8 @@ else:
         return {"start_new_session": True}  # Ctrl-C is for us
 
     @contextlib.contextmanager
-    def _contained(process: subprocess.Popen[bytes], memory_bytes: int) -> Iterator[None]:
+    def _contained(
+        process: subprocess.Popen[bytes], memory_bytes: int
+    ) -> Iterator[Callable[[], bool]]:
         """The keeper sees to it."""
-        yield
+        yield lambda: False

@@ -32,7 +32,7 @@ signature included, and every import that it needs.
 FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[^`\n]*\n")
 CODE_BEGINS = re.compile(r"(?m)^(?:(?:def|class|import|from)\b|@)")
 MOST_LINES = 1000  # of a reply; no answer is as long
-MOST_STARTS = 20
+MOST_STARTS = 10
 
 
 def prompt_of(problem: Problem) -> str:

@@ -11,10 +11,20 @@ _LINKS = "symbolic links are for administrators there, and Wine 8 makes none"
 _NAMES = "no name of a file holds a quote there"
 _COLON = "llama-server splits this value at each colon: no path with a drive fits"
 _PROC = "it looks into /proc"
+_LIMITS = "its limits are those of POSIX; a job object has others, and Wine keeps few of them"
 _SLOW = "it takes minutes under Wine"
 _TIME = "its time limits are too short for Wine"
 
 REASONS = {
+    "test_eval_execution.py::test_a_program_ends_with_who_asked_for_it": _PROC,
+    "test_eval_execution.py::test_a_trick_with_the_system_fails": _SIGNALS,
+    "test_eval_execution.py::test_it_fails_too_where_there_are_no_namespaces": _SIGNALS,
+    "test_eval_execution.py::test_the_canonical_solutions_pass": _SLOW,
+    "test_eval_execution.py::test_empty_bodies_fail": _SLOW,
+    "test_eval_execution.py::test_the_memory_of_all_its_processes_counts": _LIMITS,
+    "test_eval_execution.py::test_who_takes_too_much_fails[fills the disk with one file]": _LIMITS,
+    "test_eval_execution.py::test_who_takes_too_much_fails[takes memory]": _LIMITS,
+    "test_eval_execution.py::test_who_takes_too_much_fails[starts threads]": _LIMITS,
     "test_winsvc.py::test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours": (
         _SIGNALS
     ),

@@ -227,14 +227,17 @@ def test_a_call_can_be_cut_off_by_another_thread() -> None:
         except AskError as exc:
             failures.append(exc)
 
-    with scripted(b"silence") as server, Client(server.url) as client:
+    yes = answer("200 OK", CHAT)
+    with scripted(yes, b"silence", yes) as server, Client(server.url) as client:
+        client.chat(HELLO)
         thread = threading.Thread(target=ask, args=(client,))
         thread.start()
-        wait_until(lambda: server.requests, "it was asked")
+        wait_until(lambda: len(server.requests) == 2, "it was asked")
         client.abort()
         thread.join(20)
         assert not thread.is_alive()
     assert len(failures) == 1
+    assert len(server.requests) == 2  # not sent again on another connection
 
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1:8402", "ftp://x", "http://", "http://x:port"])
