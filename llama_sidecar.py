@@ -35,6 +35,7 @@ from urllib.parse import unquote
 
 import winsvc
 from pool import (
+    UNWATCHED_S,
     Connection,
     Lease,
     NotConnected,
@@ -842,12 +843,13 @@ class ChunkedDecoder:
 class Wire:
     """Reads one peer's messages from a socket, in bounded pieces and bounded time.
 
-    `before_read`, if given, returns once there is something to read.
+    Where the socket itself waits `blocks_s` for what comes, a wait for just so long
+    takes no call of its own.
     """
 
-    def __init__(self, sock: socket.socket, before_read: Callable[[], None] | None = None):
+    def __init__(self, sock: socket.socket, blocks_s: float = 0.0) -> None:
         self._sock = sock
-        self._before_read = before_read
+        self._blocks_s = blocks_s
         self.buffer = b""
 
     def receive(self, timeout_s: float | None) -> bytes:
@@ -855,11 +857,15 @@ class Wire:
         if self.buffer:
             data, self.buffer = self.buffer, b""
             return data
-        if self._before_read:
-            self._before_read()
-        elif not winsvc.wait_readable([self._sock], timeout_s):
+        return self._next(timeout_s)
+
+    def _next(self, timeout_s: float | None) -> bytes:
+        if timeout_s != self._blocks_s and not winsvc.wait_readable([self._sock], timeout_s):
             raise TimeoutError("nothing came")
-        return self._sock.recv(RECEIVE_BYTES)
+        try:
+            return self._sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            raise TimeoutError("nothing came") from None
 
     def head_block(self, first_timeout_s: float | None, timeout_s: float) -> bytes | None:
         """The bytes of a head, without its final empty line; None if the peer ended before any.
@@ -887,15 +893,18 @@ class Wire:
         return None
 
 
+SEND_FLAGS: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
+
+
 def _send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
-    """Send it all; the socket does not block. Raises OSError.
+    """Send it all. Raises OSError.
 
     TimeoutError if for `timeout_s` the peer takes nothing.
     """
     sent = 0
     while sent < len(data):
         try:
-            sent += sock.send(memoryview(data)[sent:])
+            sent += sock.send(memoryview(data)[sent:], SEND_FLAGS)
         except BlockingIOError:
             if not winsvc.wait_writable(sock, timeout_s):
                 raise TimeoutError("the peer takes nothing") from None
@@ -1088,10 +1097,9 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        # Nothing waits in a call on the socket itself: the system is asked whether it is
-        # ready only where it has to be waited for, not before each call as for a timeout.
-        self.connection.setblocking(False)
-        self.wire = Wire(self.connection)
+        # Not a timeout of Python's: it asks before each call whether the socket is ready.
+        blocks_s = winsvc.limit_receive(self.connection, IDLE_TIMEOUT_S)
+        self.wire = Wire(self.connection, blocks_s=blocks_s)
         self.close_connection = False
 
     def finish(self) -> None:
@@ -1692,6 +1700,35 @@ _TOOL_CALLS = re.compile(
 _TOOL_CALLS_BYTES: Final = 32  # at least as long as any match
 
 
+class _ChildWire(Wire):
+    """Reads what a child says to its client, however long it takes. Raises ClientGone.
+
+    Its socket blocks for UNWATCHED_S at most. The client is looked at that often, and
+    whenever the child is silent for so long.
+    """
+
+    def __init__(self, sock: socket.socket, client: socket.socket) -> None:
+        super().__init__(sock)
+        self._client = client
+        self._watched = [sock, client]
+        self._unwatched_until = time.monotonic() + UNWATCHED_S
+
+    def _next(self, timeout_s: float | None) -> bytes:  # noqa: ARG002 - a child has its time
+        if time.monotonic() < self._unwatched_until:
+            with contextlib.suppress(BlockingIOError):
+                return self._sock.recv(RECEIVE_BYTES)
+        self._await()
+        self._unwatched_until = time.monotonic() + UNWATCHED_S
+        return self._sock.recv(RECEIVE_BYTES)
+
+    def _await(self) -> None:
+        """Until the child says something. Raises ClientGone if the client leaves first."""
+        while self._sock not in winsvc.wait_readable(self._watched, None):
+            if _has_left(self._client):
+                raise ClientGone
+            self._watched = [self._sock]  # the client has sent its next request already
+
+
 class _Relay:
     """One request to a child, and its answer back to the client, as it comes."""
 
@@ -1701,7 +1738,6 @@ class _Relay:
         self._body = work.body
         self._is_made_whole = work.is_made_whole
         self._lease = lease
-        self._watches_client = True
         self._tail = b""  # of the piece before, where a match may begin
         self.status = 0  # 0 until an answer was passed on
         self.sent_bytes = 0
@@ -1741,7 +1777,7 @@ class _Relay:
         """Send the request, read the answer's head; once more if a kept connection was stale."""
         for is_retry in (False, True):
             connection = self._connect(is_retry)
-            wire = Wire(connection.sock, functools.partial(self._await, connection.sock))
+            wire = _ChildWire(connection.sock, self._handler.connection)
             try:
                 return (connection, wire, *self._ask(connection, wire))
             except (ClientGone, OSError, MalformedMessage) as exc:
@@ -1789,16 +1825,6 @@ class _Relay:
             if name in PASSED_HEADERS:
                 lines.append(f"{name}: {value}")
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-
-    def _await(self, upstream: socket.socket) -> None:
-        """Wait until the child says something. Raises ClientGone if the client leaves first."""
-        client = self._handler.connection
-        watched = [upstream, client] if self._watches_client else [upstream]
-        while upstream not in winsvc.wait_readable(watched, None):
-            if _has_left(client):
-                raise ClientGone
-            self._watches_client = False  # it has sent its next request already
-            watched = [upstream]
 
     def _answer(self, wire: Wire, head: Head, length: int) -> bool:
         """Pass the answer on; True if the child's connection can serve again."""
