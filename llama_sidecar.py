@@ -7,6 +7,7 @@ and the llama-server child that the pool leases for it.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from urllib.parse import unquote
 
 import winsvc
@@ -73,6 +74,7 @@ MAX_TRAILER_BYTES: Final = 8 * 1024
 MAX_CHUNK_LINE_BYTES: Final = 1024
 MAX_PORT: Final = 65535
 MAX_AGENT_ID_CHARS: Final = 128
+MAX_REMEMBERED_BYTES: Final = 256  # of a header line
 RECEIVE_BYTES: Final = 64 * 1024
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
 HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
@@ -83,9 +85,11 @@ UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
 SERVICE_STOP_S: Final = 60.0
 LOG_FILE_BYTES: Final = 10 * 1024 * 1024
 LOG_RETRY_S: Final = 60.0  # after a try to rename it that failed
+MAX_LINES_WAITING: Final = 1000  # to be written; whoever brings more waits
 LOG_FILES_KEPT: Final = 3  # besides the one that is written
 LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
 LINGER_BYTES: Final = 4 * 1024 * 1024
+FILE_TRUST_S: Final = 1.0  # a file is looked at no more often
 COMMENT_PAUSE_S: Final = 1.0  # between two comments to a client that waits
 
 
@@ -276,6 +280,7 @@ LOG_LEVELS: Final = {
 
 
 T = TypeVar("T")
+K = TypeVar("K", bytes, str)
 
 
 class _Faulty(Exception):
@@ -523,6 +528,26 @@ def _validator(rules: FlagRules, table: FlagTable, faults: list[str]) -> Validat
         return Validator([], table)
 
 
+class _Glance(Generic[T]):
+    """What a file looked like less than `trust_s` ago. Safe to share by threads.
+
+    One that is not there is looked for each time.
+    """
+
+    def __init__(self, look: Callable[[Path], T], trust_s: float = FILE_TRUST_S) -> None:
+        self._look = look
+        self._trust_s = trust_s
+        self._seen: dict[Path, tuple[float, T]] = {}  # as many as there are models
+
+    def at(self, file: Path) -> T:
+        now = time.monotonic()
+        seen_at, found = self._seen.get(file, (0.0, None))
+        if not found or now - seen_at >= self._trust_s:
+            found = self._look(file)
+            self._seen[file] = (now, found)
+        return found
+
+
 def _stamp(file: Path) -> tuple[int, ...]:
     """What changes when the file does; empty if it is not there."""
     try:
@@ -533,10 +558,14 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 class LiveCatalog:
-    """The catalog for the llama-server that lies there now. Safe to share by threads."""
+    """The catalog for the llama-server that lies there now. Safe to share by threads.
 
-    def __init__(self, config: Config) -> None:
+    That it was replaced may take `trust_s` to be seen.
+    """
+
+    def __init__(self, config: Config, trust_s: float = FILE_TRUST_S) -> None:
         self._server_bin = config.server_bin
+        self._stamps = _Glance(_stamp, trust_s)
         self._rules = config.flag_rules
         self._renewing = threading.Lock()  # held while the file is asked; guards what follows
         self._stamp = config.server_stamp
@@ -548,7 +577,7 @@ class LiveCatalog:
         A file that cannot be asked, or that refuses what is configured, leaves
         the catalog as it was until the file changes again.
         """
-        stamp = _stamp(self._server_bin)
+        stamp = self._stamps.at(self._server_bin)
         if stamp and stamp != self._stamp:
             with self._renewing:
                 if stamp != self._stamp:
@@ -675,33 +704,42 @@ class MalformedMessage(Exception):
         self.status = status
 
 
-@dataclasses.dataclass
 class Head:
     """The start line and the fields of a message, names in lower case."""
 
-    start: re.Match[bytes]
-    fields: list[tuple[str, str]]
+    def __init__(self, start: re.Match[bytes], fields: list[tuple[str, str]]) -> None:
+        self.start = start
+        self.fields = fields
+        self._last = dict(fields)
+        self._has_repeats = len(self._last) < len(fields)
 
-    @functools.cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name, value in self.fields:
-            found.setdefault(name, []).append(value)
-        return found
-
-    def all(self, name: str) -> list[str]:
-        return self._by_name.get(name, [])
+    def all(self, name: str) -> Sequence[str]:
+        if name not in self._last:
+            return ()
+        if not self._has_repeats:
+            return (self._last[name],)
+        return [value for each, value in self.fields if each == name]
 
     def get(self, name: str) -> str | None:
         """The value of a field that may stand once. Raises MalformedMessage for a second."""
-        values = self.all(name)
-        if len(values) > 1:
+        if self._has_repeats and len(self.all(name)) > 1:
             raise MalformedMessage(f"more than one {name} header")
-        return values[0] if values else None
+        return self._last.get(name)
 
     def tokens(self, name: str) -> set[str]:
         """The comma-separated words of a list field, in lower case."""
         return {word.strip().lower() for value in self.all(name) for word in value.split(",")}
+
+
+def _remembered(parse: Callable[[K], T]) -> Callable[[K], T]:
+    """As `parse`, remembering what it made of short texts: heads say the same again and again."""
+    known = functools.lru_cache(maxsize=1024)(parse)
+
+    @functools.wraps(parse)
+    def look_up(text: K) -> T:
+        return known(text) if len(text) <= MAX_REMEMBERED_BYTES else parse(text)
+
+    return look_up
 
 
 def parse_head(block: bytes, start_line: re.Pattern[bytes]) -> Head:
@@ -712,14 +750,16 @@ def parse_head(block: bytes, start_line: re.Pattern[bytes]) -> Head:
         raise MalformedMessage("the first line is malformed")
     if len(lines) > MAX_FIELDS:
         raise MalformedMessage(f"more than {MAX_FIELDS} header fields", 431)
-    fields = []
-    for line in lines:
-        field = _FIELD.fullmatch(line)
-        if field is None:
-            raise MalformedMessage("a header line is malformed")
-        name, value = field[1].lower().decode("ascii"), field[2].rstrip(b" \t")
-        fields.append((name, value.decode("latin-1")))
-    return Head(start, fields)
+    return Head(start, [_field(line) for line in lines])
+
+
+@_remembered
+def _field(line: bytes) -> tuple[str, str]:
+    """Name, in lower case, and value. Raises MalformedMessage."""
+    field = _FIELD.fullmatch(line)
+    if field is None:
+        raise MalformedMessage("a header line is malformed")
+    return field[1].lower().decode("ascii"), field[2].rstrip(b" \t").decode("latin-1")
 
 
 CHUNKED: Final = -1
@@ -958,21 +998,30 @@ class Request:
 
 def parse_request(block: bytes) -> Request:
     """Judge a request head by RFC 9112. Raises RequestRefused, always closing."""
-    if len(block.split(b"\r\n", 1)[0]) > MAX_REQUEST_LINE_BYTES:
+    line_end = block.find(b"\r\n")
+    if (len(block) if line_end < 0 else line_end) > MAX_REQUEST_LINE_BYTES:
         raise _bad_request("the request line is too long", 414, "uri_too_long")
     try:
         head = parse_head(block, _REQUEST_LINE)
-        method, target, major, minor = (group.decode("ascii") for group in head.start.groups())
-        if (major, minor) not in (("1", "0"), ("1", "1")):
-            raise MalformedMessage(f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1", 505)
-        path, query, authority = _target(method, target)
-        host = _host(head, authority, int(minor))
-        length = body_length(head, int(minor))
+        method, path, query, authority, minor_version = _asked(head.start[0])
+        host = _host(head, authority, minor_version)
+        length = body_length(head, minor_version)
     except MalformedMessage as exc:
         raise _bad_request(str(exc), exc.status) from exc
     words = head.tokens("connection")
-    is_last = "close" in words or (minor == "0" and "keep-alive" not in words)
-    return Request(method, path, query, int(minor), head, length, host, is_last)
+    is_last = "close" in words or (minor_version == 0 and "keep-alive" not in words)
+    return Request(method, path, query, minor_version, head, length, host, is_last)
+
+
+@_remembered
+def _asked(line: bytes) -> tuple[str, str, str, str | None, int]:
+    """Method, path, query, authority and minor version of a request line that was matched."""
+    start = _REQUEST_LINE.fullmatch(line)
+    assert start is not None
+    method, target, major, minor = (group.decode("ascii") for group in start.groups())
+    if (major, minor) not in (("1", "0"), ("1", "1")):
+        raise MalformedMessage(f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1", 505)
+    return method, *_target(method, target), int(minor)
 
 
 def _target(method: str, target: str) -> tuple[str, str, str | None]:
@@ -997,13 +1046,21 @@ def _host(head: Head, authority: str | None, minor_version: int) -> str:
     values = head.all("host")
     if len(values) > 1 or (minor_version == 1 and not values):
         raise MalformedMessage("an HTTP/1.1 request takes exactly one Host header")
-    named = [_HOST.fullmatch(text) for text in [*values, *([authority] if authority else [])]]
-    if not all(match and int(match[3] or 0) <= MAX_PORT for match in named):
-        raise MalformedMessage("the Host is malformed")
-    hosts = {(m[1] or m[2]).lower() for m in named if m}
+    hosts = {_named(text) for text in values}
+    if authority:
+        hosts.add(_named(authority))
     if len(hosts) > 1:
         raise MalformedMessage("the request target and Host name different hosts")
     return hosts.pop() if hosts else ""
+
+
+@_remembered
+def _named(authority: str) -> str:
+    """The host without its port, in lower case. Raises MalformedMessage."""
+    match = _HOST.fullmatch(authority)
+    if match is None or int(match[3] or 0) > MAX_PORT:
+        raise MalformedMessage("the Host is malformed")
+    return (match[1] or match[2]).lower()
 
 
 # --- the server
@@ -1313,12 +1370,9 @@ class Handler(BaseHTTPRequestHandler):
                 "send JSON with Content-Type: application/json", 415, "unsupported_media_type"
             )
         limit = self.server.config.max_body_bytes
-        too_large = RequestRefused(
-            413, "request_too_large", f"the body is larger than {limit} bytes", closes=True
-        )
         length = request.length or 0
         if length > limit:
-            raise too_large
+            raise _too_large(limit)
         if self.expects_continue and length:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         incoming = _Incoming(self.wire)
@@ -1331,7 +1385,7 @@ class Handler(BaseHTTPRequestHandler):
             pieces.append(piece)
             size += len(piece)
             if size > limit:
-                raise too_large
+                raise _too_large(limit)
         self.wire.buffer = decoder.rest
         return b"".join(pieces)
 
@@ -1493,6 +1547,11 @@ class _Work:
     is_made_whole: bool = False  # the child streams to us, and the client gets one answer
 
 
+def _too_large(limit: int) -> RequestRefused:
+    words = f"the body is larger than {limit} bytes"
+    return RequestRefused(413, "request_too_large", words, closes=True)
+
+
 def _checked_agent_id(agent_id: str) -> str:
     """Raises RequestRefused."""
     if len(agent_id) > MAX_AGENT_ID_CHARS or not agent_id.isprintable():
@@ -1556,6 +1615,9 @@ def _model_in(body: JsonObject | None) -> str:
     return name
 
 
+_presence = _Glance(Path.is_file)
+
+
 def _model_called(name: str, models: Mapping[str, Model]) -> Model:
     """Raises RequestRefused."""
     model = models.get(name)
@@ -1568,7 +1630,7 @@ def _model_called(name: str, models: Mapping[str, Model]) -> Model:
             f"no model {name[:200]!r}; nearest: {', '.join(near)} (GET /v1/models lists all)",
             param="model",
         )
-    if not model.path.is_file():
+    if not _presence.at(model.path):
         raise RequestRefused(
             404,
             "model_not_found",
@@ -2183,8 +2245,61 @@ def _more(wire: Wire) -> bytes:
 class _OneLine(logging.Formatter):
     """No event takes more than one line, but for tracebacks; none holds control characters."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return printable(super().formatMessage(record))
+    def format(self, record: logging.LogRecord) -> str:
+        moment = f"{_local_time(int(record.created))},{int(record.msecs):03}"
+        message = printable(record.getMessage())
+        line = f"{moment} {record.levelname} {record.name} {message}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+@functools.lru_cache(maxsize=1)
+def _local_time(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+class _AsItIs(logging.Formatter):
+    """For text that has its form already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(record.msg)
+
+
+class _Lines(logging.Handler):
+    """Hands lines on to the handlers that write them, and nobody waits for another's writing.
+
+    Whoever finds that nobody writes does so for all who come meanwhile, in the order
+    in which they came.
+    """
+
+    def __init__(self, writers: Sequence[logging.Handler]) -> None:
+        super().__init__()
+        self._lines: collections.deque[str] = collections.deque()
+        self._writing = threading.Lock()  # guards what follows
+        self._writers = writers
+        self._written = logging.makeLogRecord({})  # used again and again: making one takes long
+        for writer in writers:
+            writer.setFormatter(_AsItIs())
+
+    def createLock(self) -> None:  # noqa: N802 - logging's name
+        self.lock = None  # `handle` holds it while it writes, and that is what we do without
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record))
+        except Exception:  # as every handler: a log line is no reason to fail
+            self.handleError(record)
+        self.flush()
+
+    def flush(self) -> None:
+        """Have all lines written, by us or by who writes now; waits where too many wait already."""
+        while self._lines and self._writing.acquire(blocking=len(self._lines) > MAX_LINES_WAITING):
+            try:
+                lines = [self._lines.popleft() for _ in range(len(self._lines))]
+                self._written.msg = "\n".join(lines)
+                for writer in self._writers:
+                    writer.handle(self._written)
+            finally:
+                self._writing.release()
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -2226,9 +2341,9 @@ def set_up_logging(level: str, file: Path | None = None) -> None:
     # What no format of ours shows need not be looked up for each line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # the logging HOWTO, "Optimization": no search for the caller
-    for handler in handlers:
-        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.basicConfig(level=LOG_LEVELS[level], handlers=handlers, force=True)
+    lines = _Lines(handlers)
+    lines.setFormatter(_OneLine())
+    logging.basicConfig(level=LOG_LEVELS[level], handlers=[lines], force=True)
 
 
 Stops = queue.SimpleQueue[int]  # its put is safe in a signal handler
