@@ -74,6 +74,7 @@ MAX_TRAILER_BYTES: Final = 8 * 1024
 MAX_CHUNK_LINE_BYTES: Final = 1024
 MAX_PORT: Final = 65535
 MAX_AGENT_ID_CHARS: Final = 128
+MAX_IDLE_THREADS: Final = 32  # kept for the connections to come
 MAX_REMEMBERED_BYTES: Final = 256  # of a header line
 RECEIVE_BYTES: Final = 64 * 1024
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
@@ -1067,7 +1068,7 @@ def _named(authority: str) -> str:
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, one thread each, up to a limit."""
+    """Accepts connections, one thread each, up to a limit; a thread serves one after another."""
 
     request_queue_size = 1024
     daemon_threads = True
@@ -1079,8 +1080,10 @@ class Server(ThreadingHTTPServer):
         self.catalog = catalog
         self.pool = pool
         self.started = time.monotonic()
+        self._lock = threading.Lock()  # guards the two that follow
         self._connections = 0
-        self._lock = threading.Lock()  # guards _connections
+        self._idle_threads = 0  # those that wait for a connection which nobody has put there yet
+        self._accepted: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._pause = threading.Event()
         host = config.bind[0]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -1102,18 +1105,33 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             is_full = self._connections >= self.config.max_connections
             self._connections += not is_full
+            is_awaited = not is_full and self._idle_threads > 0
+            self._idle_threads -= is_awaited
         if is_full:
             with contextlib.suppress(OSError):
                 request.settimeout(0.2)
                 request.sendall(_TOO_MANY_CONNECTIONS)
             self.shutdown_request(request)
             return
+        if is_awaited:
+            self._accepted.put((request, client_address))
+            return
         try:
-            super().process_request(request, client_address)
+            winsvc.start_thread("http-client", self._serve_some, request, client_address)
         except RuntimeError:  # no thread to be had: the server goes on without this one
             with self._lock:
                 self._connections -= 1
             raise
+
+    def _serve_some(self, request: Any, client_address: Any) -> None:
+        """One connection, and then others: starting a thread for each takes longer."""
+        while True:
+            self.process_request_thread(request, client_address)
+            with self._lock:
+                if self._idle_threads >= MAX_IDLE_THREADS:
+                    return
+                self._idle_threads += 1
+            request, client_address = self._accepted.get()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -1507,7 +1525,8 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while seen < LINGER_BYTES and (left_s := deadline - time.monotonic()) > 0:
-                self.connection.settimeout(left_s)
+                if not winsvc.wait_readable([self.connection], left_s):
+                    return
                 data = self.connection.recv(RECEIVE_BYTES)
                 if not data:
                     return
@@ -1775,7 +1794,7 @@ class _ChildWire(Wire):
         self._watched = [sock, client]
         self._unwatched_until = time.monotonic() + UNWATCHED_S
 
-    def _next(self, timeout_s: float | None) -> bytes:  # noqa: ARG002 - a child has its time
+    def _next(self, timeout_s: float | None) -> bytes:
         if time.monotonic() < self._unwatched_until:
             with contextlib.suppress(BlockingIOError):
                 return self._sock.recv(RECEIVE_BYTES)
@@ -2286,7 +2305,7 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._lines.append(self.format(record))
-        except Exception:  # as every handler: a log line is no reason to fail
+        except (TypeError, ValueError, KeyError):  # a log line is no reason to fail
             self.handleError(record)
         self.flush()
 

@@ -328,7 +328,7 @@ if sys.platform == "win32":
         """Whether more can be sent, or the connection has ended, within so many seconds."""
         return any(select.select([], [sock], [sock], timeout_s))
 
-    def limit_receive(sock: socket.socket, seconds: float) -> float:  # noqa: ARG001 - as its twin
+    def limit_receive(sock: socket.socket, seconds: float) -> float:
         """Let no receive block: after one that timed out the socket would be of no use here."""
         sock.setblocking(False)
         return 0.0
