@@ -7,6 +7,7 @@ and the llama-server child that the pool leases for it.
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -66,6 +67,8 @@ from validator import (
 __version__ = "0.1.0"
 
 log = logging.getLogger("llama-sidecar")
+
+Bytes = bytes | bytearray | memoryview
 
 MAX_REQUEST_LINE_BYTES: Final = 8 * 1024
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -937,7 +940,7 @@ class Wire:
 SEND_FLAGS: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
 
 
-def _send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
+def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
     """Send it all. Raises OSError.
 
     TimeoutError if for `timeout_s` the peer takes nothing.
@@ -1332,7 +1335,7 @@ class Handler(BaseHTTPRequestHandler):
         except NotConnected:  # it died just now, and saw nothing of this request
             self._relay(request, work)
 
-    def _work(self, request: Request, body: bytes) -> _Work:
+    def _work(self, request: Request, body: Bytes) -> _Work:
         """Which process the request needs, and what goes to it. Raises RequestRefused."""
         catalog = self.server.catalog.current()
         name = self._header(request, "x-model-id")
@@ -1343,13 +1346,12 @@ class Handler(BaseHTTPRequestHandler):
         resolved = self._resolve(request, catalog.validator, model)
         is_exact = self._wants_exact(request)
         if parsed is None:
-            return _Work(model, resolved.spec, is_exact, body)
+            return _Work(model, resolved.spec, is_exact, [body])
         self.progress = self._wanted_progress(request, parsed)
         added = resolved.defaults.fields_for(parsed)
         streaming = _stream_fields(request.path, parsed, added)
-        if added or streaming:
-            body = parsed.with_members(added | streaming).encode("utf-8")
-        return _Work(model, resolved.spec, is_exact, body, bool(streaming))
+        pieces = _with_members(body, parsed, added | streaming)
+        return _Work(model, resolved.spec, is_exact, pieces, bool(streaming))
 
     def _wanted_progress(self, request: Request, body: JsonObject) -> _Progress | None:
         """For a streaming request that asks to be told what it waits for."""
@@ -1380,7 +1382,7 @@ class Handler(BaseHTTPRequestHandler):
                     *(relay.sent_bytes, relay.remark),
                 )
 
-    def _read_body(self, request: Request) -> bytes:
+    def _read_body(self, request: Request) -> Bytes:
         """The whole body. Refused by its announced size before a byte of it is read."""
         kind = (request.head.get("content-type") or "").partition(";")[0].strip().lower()
         if kind == "text/plain":
@@ -1393,29 +1395,30 @@ class Handler(BaseHTTPRequestHandler):
             raise _too_large(limit)
         if self.expects_continue and length:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length != CHUNKED and len(self.wire.buffer) >= length:
+            body, self.wire.buffer = self.wire.buffer[:length], self.wire.buffer[length:]
+            return body
         incoming = _Incoming(self.wire)
-        if length != CHUNKED:
-            return self._read_exactly(incoming, length)
-        decoder, pieces, size = ChunkedDecoder(), [], 0
+        return self._read_exactly(incoming, length) if length >= 0 else self._read_chunks(incoming)
+
+    def _read_exactly(self, incoming: _Incoming, length: int) -> Bytes:
+        body = bytearray()  # it grows where it stands, as what comes is not to be trusted to come
+        while len(body) < length:
+            data = incoming.receive()
+            left = length - len(body)
+            self.wire.buffer = data[left:]
+            body += data[:left] if len(data) > left else data
+        return body
+
+    def _read_chunks(self, incoming: _Incoming) -> Bytes:
+        decoder, body, limit = ChunkedDecoder(), bytearray(), self.server.config.max_body_bytes
         while not decoder.is_done:
-            piece = decoder.feed(incoming.receive())
+            body += decoder.feed(incoming.receive())
             decoder.check()
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
+            if len(body) > limit:
                 raise _too_large(limit)
         self.wire.buffer = decoder.rest
-        return b"".join(pieces)
-
-    def _read_exactly(self, incoming: _Incoming, length: int) -> bytes:
-        pieces, left = [], length
-        while left > 0:
-            data = incoming.receive()
-            pieces.append(data[:left])
-            if len(data) > left:
-                self.wire.buffer = data[left:]
-            left -= len(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return body
 
     def _resolve(self, request: Request, validator: Validator, model: Model) -> Resolved:
         flags = self._header(request, "x-agent-flags")
@@ -1562,7 +1565,7 @@ class _Work:
     model: Model
     spec: SidecarSpec
     is_exact: bool  # no process but one of exactly this spec will do
-    body: bytes  # for the child
+    body: Sequence[Bytes]  # for the child, in pieces: a large one is copied nowhere
     is_made_whole: bool = False  # the child streams to us, and the client gets one answer
 
 
@@ -1585,12 +1588,25 @@ def _checked_agent_id(agent_id: str) -> str:
 HEADER_FAULTS: Final = {"x-agent-flags": "invalid_flags", "x-model-id": "missing_model"}
 
 
-def _json_object(body: bytes) -> JsonObject:
+def _json_object(body: Bytes) -> JsonObject:
     """Raises RequestRefused."""
     try:
-        return JsonObject(body.decode("utf-8-sig"))
+        return JsonObject(str(body, "utf-8-sig"))
     except ValueError as exc:
         raise RequestRefused(400, "invalid_json", f"the body is no JSON object: {exc}") from exc
+
+
+def _with_members(body: Bytes, parsed: JsonObject, new: Mapping[str, str]) -> list[Bytes]:
+    """The body with these members; all else stays byte by byte."""
+    if not new:
+        return [body]
+    view, pieces = memoryview(body).toreadonly(), list[Bytes]()
+    at = len(codecs.BOM_UTF8) if body[:3] == codecs.BOM_UTF8 else 0
+    begin = at
+    for start, end, text in parsed.edits(new):
+        pieces += [view[at : begin + parsed.bytes_before(start)], text.encode("utf-8")]
+        at = begin + parsed.bytes_before(end)
+    return [*pieces, view[at:]]
 
 
 # What a request is given so that the child streams to us: only then does llama-server
@@ -1878,7 +1894,8 @@ class _Relay:
             raise failure(self._failure_words(exc)) from exc
 
     def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
-        _send_all(connection.sock, self._head_for_child() + self._body, UPSTREAM_SEND_TIMEOUT_S)
+        for data in self._message():
+            _send_all(connection.sock, data, UPSTREAM_SEND_TIMEOUT_S)
         for _ in range(5):
             block = wire.head_block(None, HEAD_TIMEOUT_S)
             if block is None:
@@ -1892,7 +1909,13 @@ class _Relay:
                 return head, UNTIL_CLOSE if length is None else length
         raise MalformedMessage("more interim answers than make sense")
 
-    def _head_for_child(self) -> bytes:
+    def _message(self) -> Sequence[Bytes]:
+        """What the child is sent: in one piece if that takes no large copy."""
+        length = sum(map(len, self._body))
+        pieces = [self._head_for_child(length), *self._body]
+        return [b"".join(pieces)] if length <= RECEIVE_BYTES else pieces
+
+    def _head_for_child(self, length: int) -> bytes:
         """Built anew: nothing of the client's framing reaches the child."""
         request = self._request
         target = f"{request.path}?{request.query}" if request.query else request.path
@@ -1900,7 +1923,7 @@ class _Relay:
             f"POST {target} HTTP/1.1",
             f"Host: 127.0.0.1:{self._lease.upstream.port}",
             f"Authorization: Bearer {self._lease.upstream.api_key}",
-            f"Content-Length: {len(self._body)}",
+            f"Content-Length: {length}",
         ]
         for name, value in request.head.fields:
             if name in PASSED_HEADERS:
