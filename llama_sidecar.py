@@ -7,6 +7,8 @@ and the llama-server child that the pool leases for it.
 from __future__ import annotations
 
 import argparse
+import codecs
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -30,11 +32,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from urllib.parse import unquote
 
 import winsvc
 from pool import (
+    UNWATCHED_S,
     Connection,
     Lease,
     NotConnected,
@@ -65,6 +68,8 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("llama-sidecar")
 
+Bytes = bytes | bytearray | memoryview
+
 MAX_REQUEST_LINE_BYTES: Final = 8 * 1024
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_FIELDS: Final = 100
@@ -72,6 +77,8 @@ MAX_TRAILER_BYTES: Final = 8 * 1024
 MAX_CHUNK_LINE_BYTES: Final = 1024
 MAX_PORT: Final = 65535
 MAX_AGENT_ID_CHARS: Final = 128
+MAX_IDLE_THREADS: Final = 32  # kept for the connections to come
+MAX_REMEMBERED_BYTES: Final = 256  # of a header line
 RECEIVE_BYTES: Final = 64 * 1024
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
 HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
@@ -82,9 +89,11 @@ UPSTREAM_SEND_TIMEOUT_S: Final = 60.0
 SERVICE_STOP_S: Final = 60.0
 LOG_FILE_BYTES: Final = 10 * 1024 * 1024
 LOG_RETRY_S: Final = 60.0  # after a try to rename it that failed
+MAX_LINES_WAITING: Final = 1000  # to be written; whoever brings more waits
 LOG_FILES_KEPT: Final = 3  # besides the one that is written
 LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
 LINGER_BYTES: Final = 4 * 1024 * 1024
+FILE_TRUST_S: Final = 1.0  # a file is looked at no more often
 COMMENT_PAUSE_S: Final = 1.0  # between two comments to a client that waits
 
 
@@ -275,6 +284,7 @@ LOG_LEVELS: Final = {
 
 
 T = TypeVar("T")
+K = TypeVar("K", bytes, str)
 
 
 class _Faulty(Exception):
@@ -522,6 +532,26 @@ def _validator(rules: FlagRules, table: FlagTable, faults: list[str]) -> Validat
         return Validator([], table)
 
 
+class _Glance(Generic[T]):
+    """What a file looked like less than `trust_s` ago. Safe to share by threads.
+
+    One that is not there is looked for each time.
+    """
+
+    def __init__(self, look: Callable[[Path], T], trust_s: float = FILE_TRUST_S) -> None:
+        self._look = look
+        self._trust_s = trust_s
+        self._seen: dict[Path, tuple[float, T]] = {}  # as many as there are models
+
+    def at(self, file: Path) -> T:
+        now = time.monotonic()
+        seen_at, found = self._seen.get(file, (0.0, None))
+        if not found or now - seen_at >= self._trust_s:
+            found = self._look(file)
+            self._seen[file] = (now, found)
+        return found
+
+
 def _stamp(file: Path) -> tuple[int, ...]:
     """What changes when the file does; empty if it is not there."""
     try:
@@ -532,10 +562,14 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 class LiveCatalog:
-    """The catalog for the llama-server that lies there now. Safe to share by threads."""
+    """The catalog for the llama-server that lies there now. Safe to share by threads.
 
-    def __init__(self, config: Config) -> None:
+    That it was replaced may take `trust_s` to be seen.
+    """
+
+    def __init__(self, config: Config, trust_s: float = FILE_TRUST_S) -> None:
         self._server_bin = config.server_bin
+        self._stamps = _Glance(_stamp, trust_s)
         self._rules = config.flag_rules
         self._renewing = threading.Lock()  # held while the file is asked; guards what follows
         self._stamp = config.server_stamp
@@ -547,7 +581,7 @@ class LiveCatalog:
         A file that cannot be asked, or that refuses what is configured, leaves
         the catalog as it was until the file changes again.
         """
-        stamp = _stamp(self._server_bin)
+        stamp = self._stamps.at(self._server_bin)
         if stamp and stamp != self._stamp:
             with self._renewing:
                 if stamp != self._stamp:
@@ -674,33 +708,42 @@ class MalformedMessage(Exception):
         self.status = status
 
 
-@dataclasses.dataclass
 class Head:
     """The start line and the fields of a message, names in lower case."""
 
-    start: re.Match[bytes]
-    fields: list[tuple[str, str]]
+    def __init__(self, start: re.Match[bytes], fields: list[tuple[str, str]]) -> None:
+        self.start = start
+        self.fields = fields
+        self._last = dict(fields)
+        self._has_repeats = len(self._last) < len(fields)
 
-    @functools.cached_property
-    def _by_name(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name, value in self.fields:
-            found.setdefault(name, []).append(value)
-        return found
-
-    def all(self, name: str) -> list[str]:
-        return self._by_name.get(name, [])
+    def all(self, name: str) -> Sequence[str]:
+        if name not in self._last:
+            return ()
+        if not self._has_repeats:
+            return (self._last[name],)
+        return [value for each, value in self.fields if each == name]
 
     def get(self, name: str) -> str | None:
         """The value of a field that may stand once. Raises MalformedMessage for a second."""
-        values = self.all(name)
-        if len(values) > 1:
+        if self._has_repeats and len(self.all(name)) > 1:
             raise MalformedMessage(f"more than one {name} header")
-        return values[0] if values else None
+        return self._last.get(name)
 
     def tokens(self, name: str) -> set[str]:
         """The comma-separated words of a list field, in lower case."""
         return {word.strip().lower() for value in self.all(name) for word in value.split(",")}
+
+
+def _remembered(parse: Callable[[K], T]) -> Callable[[K], T]:
+    """As `parse`, remembering what it made of short texts: heads say the same again and again."""
+    known = functools.lru_cache(maxsize=1024)(parse)
+
+    @functools.wraps(parse)
+    def look_up(text: K) -> T:
+        return known(text) if len(text) <= MAX_REMEMBERED_BYTES else parse(text)
+
+    return look_up
 
 
 def parse_head(block: bytes, start_line: re.Pattern[bytes]) -> Head:
@@ -711,14 +754,16 @@ def parse_head(block: bytes, start_line: re.Pattern[bytes]) -> Head:
         raise MalformedMessage("the first line is malformed")
     if len(lines) > MAX_FIELDS:
         raise MalformedMessage(f"more than {MAX_FIELDS} header fields", 431)
-    fields = []
-    for line in lines:
-        field = _FIELD.fullmatch(line)
-        if field is None:
-            raise MalformedMessage("a header line is malformed")
-        name, value = field[1].lower().decode("ascii"), field[2].rstrip(b" \t")
-        fields.append((name, value.decode("latin-1")))
-    return Head(start, fields)
+    return Head(start, [_field(line) for line in lines])
+
+
+@_remembered
+def _field(line: bytes) -> tuple[str, str]:
+    """Name, in lower case, and value. Raises MalformedMessage."""
+    field = _FIELD.fullmatch(line)
+    if field is None:
+        raise MalformedMessage("a header line is malformed")
+    return field[1].lower().decode("ascii"), field[2].rstrip(b" \t").decode("latin-1")
 
 
 CHUNKED: Final = -1
@@ -842,12 +887,13 @@ class ChunkedDecoder:
 class Wire:
     """Reads one peer's messages from a socket, in bounded pieces and bounded time.
 
-    `before_read`, if given, returns once there is something to read.
+    Where the socket itself waits `blocks_s` for what comes, a wait for just so long
+    takes no call of its own.
     """
 
-    def __init__(self, sock: socket.socket, before_read: Callable[[], None] | None = None):
+    def __init__(self, sock: socket.socket, blocks_s: float = 0.0) -> None:
         self._sock = sock
-        self._before_read = before_read
+        self._blocks_s = blocks_s
         self.buffer = b""
 
     def receive(self, timeout_s: float | None) -> bytes:
@@ -855,11 +901,15 @@ class Wire:
         if self.buffer:
             data, self.buffer = self.buffer, b""
             return data
-        if self._before_read:
-            self._before_read()
-        elif not winsvc.wait_readable([self._sock], timeout_s):
+        return self._next(timeout_s)
+
+    def _next(self, timeout_s: float | None) -> bytes:
+        if timeout_s != self._blocks_s and not winsvc.wait_readable([self._sock], timeout_s):
             raise TimeoutError("nothing came")
-        return self._sock.recv(RECEIVE_BYTES)
+        try:
+            return self._sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            raise TimeoutError("nothing came") from None
 
     def head_block(self, first_timeout_s: float | None, timeout_s: float) -> bytes | None:
         """The bytes of a head, without its final empty line; None if the peer ended before any.
@@ -887,15 +937,18 @@ class Wire:
         return None
 
 
-def _send_all(sock: socket.socket, data: bytes, timeout_s: float) -> None:
-    """Send it all; the socket does not block. Raises OSError.
+SEND_FLAGS: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
+
+
+def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
+    """Send it all. Raises OSError.
 
     TimeoutError if for `timeout_s` the peer takes nothing.
     """
     sent = 0
     while sent < len(data):
         try:
-            sent += sock.send(memoryview(data)[sent:])
+            sent += sock.send(memoryview(data)[sent:], SEND_FLAGS)
         except BlockingIOError:
             if not winsvc.wait_writable(sock, timeout_s):
                 raise TimeoutError("the peer takes nothing") from None
@@ -949,21 +1002,30 @@ class Request:
 
 def parse_request(block: bytes) -> Request:
     """Judge a request head by RFC 9112. Raises RequestRefused, always closing."""
-    if len(block.split(b"\r\n", 1)[0]) > MAX_REQUEST_LINE_BYTES:
+    line_end = block.find(b"\r\n")
+    if (len(block) if line_end < 0 else line_end) > MAX_REQUEST_LINE_BYTES:
         raise _bad_request("the request line is too long", 414, "uri_too_long")
     try:
         head = parse_head(block, _REQUEST_LINE)
-        method, target, major, minor = (group.decode("ascii") for group in head.start.groups())
-        if (major, minor) not in (("1", "0"), ("1", "1")):
-            raise MalformedMessage(f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1", 505)
-        path, query, authority = _target(method, target)
-        host = _host(head, authority, int(minor))
-        length = body_length(head, int(minor))
+        method, path, query, authority, minor_version = _asked(head.start[0])
+        host = _host(head, authority, minor_version)
+        length = body_length(head, minor_version)
     except MalformedMessage as exc:
         raise _bad_request(str(exc), exc.status) from exc
     words = head.tokens("connection")
-    is_last = "close" in words or (minor == "0" and "keep-alive" not in words)
-    return Request(method, path, query, int(minor), head, length, host, is_last)
+    is_last = "close" in words or (minor_version == 0 and "keep-alive" not in words)
+    return Request(method, path, query, minor_version, head, length, host, is_last)
+
+
+@_remembered
+def _asked(line: bytes) -> tuple[str, str, str, str | None, int]:
+    """Method, path, query, authority and minor version of a request line that was matched."""
+    start = _REQUEST_LINE.fullmatch(line)
+    assert start is not None
+    method, target, major, minor = (group.decode("ascii") for group in start.groups())
+    if (major, minor) not in (("1", "0"), ("1", "1")):
+        raise MalformedMessage(f"HTTP/{major}.{minor} is not spoken here: use HTTP/1.1", 505)
+    return method, *_target(method, target), int(minor)
 
 
 def _target(method: str, target: str) -> tuple[str, str, str | None]:
@@ -988,20 +1050,28 @@ def _host(head: Head, authority: str | None, minor_version: int) -> str:
     values = head.all("host")
     if len(values) > 1 or (minor_version == 1 and not values):
         raise MalformedMessage("an HTTP/1.1 request takes exactly one Host header")
-    named = [_HOST.fullmatch(text) for text in [*values, *([authority] if authority else [])]]
-    if not all(match and int(match[3] or 0) <= MAX_PORT for match in named):
-        raise MalformedMessage("the Host is malformed")
-    hosts = {(m[1] or m[2]).lower() for m in named if m}
+    hosts = {_named(text) for text in values}
+    if authority:
+        hosts.add(_named(authority))
     if len(hosts) > 1:
         raise MalformedMessage("the request target and Host name different hosts")
     return hosts.pop() if hosts else ""
+
+
+@_remembered
+def _named(authority: str) -> str:
+    """The host without its port, in lower case. Raises MalformedMessage."""
+    match = _HOST.fullmatch(authority)
+    if match is None or int(match[3] or 0) > MAX_PORT:
+        raise MalformedMessage("the Host is malformed")
+    return (match[1] or match[2]).lower()
 
 
 # --- the server
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, one thread each, up to a limit."""
+    """Accepts connections, one thread each, up to a limit; a thread serves one after another."""
 
     request_queue_size = 1024
     daemon_threads = True
@@ -1013,8 +1083,10 @@ class Server(ThreadingHTTPServer):
         self.catalog = catalog
         self.pool = pool
         self.started = time.monotonic()
+        self._lock = threading.Lock()  # guards the two that follow
         self._connections = 0
-        self._lock = threading.Lock()  # guards _connections
+        self._idle_threads = 0  # those that wait for a connection which nobody has put there yet
+        self._accepted: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._pause = threading.Event()
         host = config.bind[0]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -1036,18 +1108,33 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             is_full = self._connections >= self.config.max_connections
             self._connections += not is_full
+            is_awaited = not is_full and self._idle_threads > 0
+            self._idle_threads -= is_awaited
         if is_full:
             with contextlib.suppress(OSError):
                 request.settimeout(0.2)
                 request.sendall(_TOO_MANY_CONNECTIONS)
             self.shutdown_request(request)
             return
+        if is_awaited:
+            self._accepted.put((request, client_address))
+            return
         try:
-            super().process_request(request, client_address)
+            winsvc.start_thread("http-client", self._serve_some, request, client_address)
         except RuntimeError:  # no thread to be had: the server goes on without this one
             with self._lock:
                 self._connections -= 1
             raise
+
+    def _serve_some(self, request: Any, client_address: Any) -> None:
+        """One connection, and then others: starting a thread for each takes longer."""
+        while True:
+            self.process_request_thread(request, client_address)
+            with self._lock:
+                if self._idle_threads >= MAX_IDLE_THREADS:
+                    return
+                self._idle_threads += 1
+            request, client_address = self._accepted.get()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -1088,10 +1175,9 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        # Nothing waits in a call on the socket itself: the system is asked whether it is
-        # ready only where it has to be waited for, not before each call as for a timeout.
-        self.connection.setblocking(False)
-        self.wire = Wire(self.connection)
+        # Not a timeout of Python's: it asks before each call whether the socket is ready.
+        blocks_s = winsvc.limit_receive(self.connection, IDLE_TIMEOUT_S)
+        self.wire = Wire(self.connection, blocks_s=blocks_s)
         self.close_connection = False
 
     def finish(self) -> None:
@@ -1249,7 +1335,7 @@ class Handler(BaseHTTPRequestHandler):
         except NotConnected:  # it died just now, and saw nothing of this request
             self._relay(request, work)
 
-    def _work(self, request: Request, body: bytes) -> _Work:
+    def _work(self, request: Request, body: Bytes) -> _Work:
         """Which process the request needs, and what goes to it. Raises RequestRefused."""
         catalog = self.server.catalog.current()
         name = self._header(request, "x-model-id")
@@ -1260,13 +1346,12 @@ class Handler(BaseHTTPRequestHandler):
         resolved = self._resolve(request, catalog.validator, model)
         is_exact = self._wants_exact(request)
         if parsed is None:
-            return _Work(model, resolved.spec, is_exact, body)
+            return _Work(model, resolved.spec, is_exact, [body])
         self.progress = self._wanted_progress(request, parsed)
         added = resolved.defaults.fields_for(parsed)
         streaming = _stream_fields(request.path, parsed, added)
-        if added or streaming:
-            body = parsed.with_members(added | streaming).encode("utf-8")
-        return _Work(model, resolved.spec, is_exact, body, bool(streaming))
+        pieces = _with_members(body, parsed, added | streaming)
+        return _Work(model, resolved.spec, is_exact, pieces, bool(streaming))
 
     def _wanted_progress(self, request: Request, body: JsonObject) -> _Progress | None:
         """For a streaming request that asks to be told what it waits for."""
@@ -1297,7 +1382,7 @@ class Handler(BaseHTTPRequestHandler):
                     *(relay.sent_bytes, relay.remark),
                 )
 
-    def _read_body(self, request: Request) -> bytes:
+    def _read_body(self, request: Request) -> Bytes:
         """The whole body. Refused by its announced size before a byte of it is read."""
         kind = (request.head.get("content-type") or "").partition(";")[0].strip().lower()
         if kind == "text/plain":
@@ -1305,37 +1390,35 @@ class Handler(BaseHTTPRequestHandler):
                 "send JSON with Content-Type: application/json", 415, "unsupported_media_type"
             )
         limit = self.server.config.max_body_bytes
-        too_large = RequestRefused(
-            413, "request_too_large", f"the body is larger than {limit} bytes", closes=True
-        )
         length = request.length or 0
         if length > limit:
-            raise too_large
+            raise _too_large(limit)
         if self.expects_continue and length:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length != CHUNKED and len(self.wire.buffer) >= length:
+            body, self.wire.buffer = self.wire.buffer[:length], self.wire.buffer[length:]
+            return body
         incoming = _Incoming(self.wire)
-        if length != CHUNKED:
-            return self._read_exactly(incoming, length)
-        decoder, pieces, size = ChunkedDecoder(), [], 0
-        while not decoder.is_done:
-            piece = decoder.feed(incoming.receive())
-            decoder.check()
-            pieces.append(piece)
-            size += len(piece)
-            if size > limit:
-                raise too_large
-        self.wire.buffer = decoder.rest
-        return b"".join(pieces)
+        return self._read_exactly(incoming, length) if length >= 0 else self._read_chunks(incoming)
 
-    def _read_exactly(self, incoming: _Incoming, length: int) -> bytes:
-        pieces, left = [], length
-        while left > 0:
+    def _read_exactly(self, incoming: _Incoming, length: int) -> Bytes:
+        body = bytearray()  # it grows where it stands, as what comes is not to be trusted to come
+        while len(body) < length:
             data = incoming.receive()
-            pieces.append(data[:left])
-            if len(data) > left:
-                self.wire.buffer = data[left:]
-            left -= len(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            left = length - len(body)
+            self.wire.buffer = data[left:]
+            body += data[:left] if len(data) > left else data
+        return body
+
+    def _read_chunks(self, incoming: _Incoming) -> Bytes:
+        decoder, body, limit = ChunkedDecoder(), bytearray(), self.server.config.max_body_bytes
+        while not decoder.is_done:
+            body += decoder.feed(incoming.receive())
+            decoder.check()
+            if len(body) > limit:
+                raise _too_large(limit)
+        self.wire.buffer = decoder.rest
+        return body
 
     def _resolve(self, request: Request, validator: Validator, model: Model) -> Resolved:
         flags = self._header(request, "x-agent-flags")
@@ -1445,7 +1528,8 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while seen < LINGER_BYTES and (left_s := deadline - time.monotonic()) > 0:
-                self.connection.settimeout(left_s)
+                if not winsvc.wait_readable([self.connection], left_s):
+                    return
                 data = self.connection.recv(RECEIVE_BYTES)
                 if not data:
                     return
@@ -1481,8 +1565,13 @@ class _Work:
     model: Model
     spec: SidecarSpec
     is_exact: bool  # no process but one of exactly this spec will do
-    body: bytes  # for the child
+    body: Sequence[Bytes]  # for the child, in pieces: a large one is copied nowhere
     is_made_whole: bool = False  # the child streams to us, and the client gets one answer
+
+
+def _too_large(limit: int) -> RequestRefused:
+    words = f"the body is larger than {limit} bytes"
+    return RequestRefused(413, "request_too_large", words, closes=True)
 
 
 def _checked_agent_id(agent_id: str) -> str:
@@ -1499,12 +1588,25 @@ def _checked_agent_id(agent_id: str) -> str:
 HEADER_FAULTS: Final = {"x-agent-flags": "invalid_flags", "x-model-id": "missing_model"}
 
 
-def _json_object(body: bytes) -> JsonObject:
+def _json_object(body: Bytes) -> JsonObject:
     """Raises RequestRefused."""
     try:
-        return JsonObject(body.decode("utf-8-sig"))
+        return JsonObject(str(body, "utf-8-sig"))
     except ValueError as exc:
         raise RequestRefused(400, "invalid_json", f"the body is no JSON object: {exc}") from exc
+
+
+def _with_members(body: Bytes, parsed: JsonObject, new: Mapping[str, str]) -> list[Bytes]:
+    """The body with these members; all else stays byte by byte."""
+    if not new:
+        return [body]
+    view, pieces = memoryview(body).toreadonly(), list[Bytes]()
+    at = len(codecs.BOM_UTF8) if body[:3] == codecs.BOM_UTF8 else 0
+    begin = at
+    for start, end, text in parsed.edits(new):
+        pieces += [view[at : begin + parsed.bytes_before(start)], text.encode("utf-8")]
+        at = begin + parsed.bytes_before(end)
+    return [*pieces, view[at:]]
 
 
 # What a request is given so that the child streams to us: only then does llama-server
@@ -1548,6 +1650,9 @@ def _model_in(body: JsonObject | None) -> str:
     return name
 
 
+_presence = _Glance(Path.is_file)
+
+
 def _model_called(name: str, models: Mapping[str, Model]) -> Model:
     """Raises RequestRefused."""
     model = models.get(name)
@@ -1560,7 +1665,7 @@ def _model_called(name: str, models: Mapping[str, Model]) -> Model:
             f"no model {name[:200]!r}; nearest: {', '.join(near)} (GET /v1/models lists all)",
             param="model",
         )
-    if not model.path.is_file():
+    if not _presence.at(model.path):
         raise RequestRefused(
             404,
             "model_not_found",
@@ -1692,6 +1797,35 @@ _TOOL_CALLS = re.compile(
 _TOOL_CALLS_BYTES: Final = 32  # at least as long as any match
 
 
+class _ChildWire(Wire):
+    """Reads what a child says to its client, however long it takes. Raises ClientGone.
+
+    Its socket blocks for UNWATCHED_S at most. The client is looked at that often, and
+    whenever the child is silent for so long.
+    """
+
+    def __init__(self, sock: socket.socket, client: socket.socket) -> None:
+        super().__init__(sock)
+        self._client = client
+        self._watched = [sock, client]
+        self._unwatched_until = time.monotonic() + UNWATCHED_S
+
+    def _next(self, timeout_s: float | None) -> bytes:
+        if time.monotonic() < self._unwatched_until:
+            with contextlib.suppress(BlockingIOError):
+                return self._sock.recv(RECEIVE_BYTES)
+        self._await()
+        self._unwatched_until = time.monotonic() + UNWATCHED_S
+        return self._sock.recv(RECEIVE_BYTES)
+
+    def _await(self) -> None:
+        """Until the child says something. Raises ClientGone if the client leaves first."""
+        while self._sock not in winsvc.wait_readable(self._watched, None):
+            if _has_left(self._client):
+                raise ClientGone
+            self._watched = [self._sock]  # the client has sent its next request already
+
+
 class _Relay:
     """One request to a child, and its answer back to the client, as it comes."""
 
@@ -1701,7 +1835,6 @@ class _Relay:
         self._body = work.body
         self._is_made_whole = work.is_made_whole
         self._lease = lease
-        self._watches_client = True
         self._tail = b""  # of the piece before, where a match may begin
         self.status = 0  # 0 until an answer was passed on
         self.sent_bytes = 0
@@ -1741,7 +1874,7 @@ class _Relay:
         """Send the request, read the answer's head; once more if a kept connection was stale."""
         for is_retry in (False, True):
             connection = self._connect(is_retry)
-            wire = Wire(connection.sock, functools.partial(self._await, connection.sock))
+            wire = _ChildWire(connection.sock, self._handler.connection)
             try:
                 return (connection, wire, *self._ask(connection, wire))
             except (ClientGone, OSError, MalformedMessage) as exc:
@@ -1761,7 +1894,8 @@ class _Relay:
             raise failure(self._failure_words(exc)) from exc
 
     def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
-        _send_all(connection.sock, self._head_for_child() + self._body, UPSTREAM_SEND_TIMEOUT_S)
+        for data in self._message():
+            _send_all(connection.sock, data, UPSTREAM_SEND_TIMEOUT_S)
         for _ in range(5):
             block = wire.head_block(None, HEAD_TIMEOUT_S)
             if block is None:
@@ -1775,7 +1909,13 @@ class _Relay:
                 return head, UNTIL_CLOSE if length is None else length
         raise MalformedMessage("more interim answers than make sense")
 
-    def _head_for_child(self) -> bytes:
+    def _message(self) -> Sequence[Bytes]:
+        """What the child is sent: in one piece if that takes no large copy."""
+        length = sum(map(len, self._body))
+        pieces = [self._head_for_child(length), *self._body]
+        return [b"".join(pieces)] if length <= RECEIVE_BYTES else pieces
+
+    def _head_for_child(self, length: int) -> bytes:
         """Built anew: nothing of the client's framing reaches the child."""
         request = self._request
         target = f"{request.path}?{request.query}" if request.query else request.path
@@ -1783,22 +1923,12 @@ class _Relay:
             f"POST {target} HTTP/1.1",
             f"Host: 127.0.0.1:{self._lease.upstream.port}",
             f"Authorization: Bearer {self._lease.upstream.api_key}",
-            f"Content-Length: {len(self._body)}",
+            f"Content-Length: {length}",
         ]
         for name, value in request.head.fields:
             if name in PASSED_HEADERS:
                 lines.append(f"{name}: {value}")
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-
-    def _await(self, upstream: socket.socket) -> None:
-        """Wait until the child says something. Raises ClientGone if the client leaves first."""
-        client = self._handler.connection
-        watched = [upstream, client] if self._watches_client else [upstream]
-        while upstream not in winsvc.wait_readable(watched, None):
-            if _has_left(client):
-                raise ClientGone
-            self._watches_client = False  # it has sent its next request already
-            watched = [upstream]
 
     def _answer(self, wire: Wire, head: Head, length: int) -> bool:
         """Pass the answer on; True if the child's connection can serve again."""
@@ -2157,8 +2287,61 @@ def _more(wire: Wire) -> bytes:
 class _OneLine(logging.Formatter):
     """No event takes more than one line, but for tracebacks; none holds control characters."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return printable(super().formatMessage(record))
+    def format(self, record: logging.LogRecord) -> str:
+        moment = f"{_local_time(int(record.created))},{int(record.msecs):03}"
+        message = printable(record.getMessage())
+        line = f"{moment} {record.levelname} {record.name} {message}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+@functools.lru_cache(maxsize=1)
+def _local_time(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+class _AsItIs(logging.Formatter):
+    """For text that has its form already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(record.msg)
+
+
+class _Lines(logging.Handler):
+    """Hands lines on to the handlers that write them, and nobody waits for another's writing.
+
+    Whoever finds that nobody writes does so for all who come meanwhile, in the order
+    in which they came.
+    """
+
+    def __init__(self, writers: Sequence[logging.Handler]) -> None:
+        super().__init__()
+        self._lines: collections.deque[str] = collections.deque()
+        self._writing = threading.Lock()  # guards what follows
+        self._writers = writers
+        self._written = logging.makeLogRecord({})  # used again and again: making one takes long
+        for writer in writers:
+            writer.setFormatter(_AsItIs())
+
+    def createLock(self) -> None:  # noqa: N802 - logging's name
+        self.lock = None  # `handle` holds it while it writes, and that is what we do without
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record))
+        except (TypeError, ValueError, KeyError):  # a log line is no reason to fail
+            self.handleError(record)
+        self.flush()
+
+    def flush(self) -> None:
+        """Have all lines written, by us or by who writes now; waits where too many wait already."""
+        while self._lines and self._writing.acquire(blocking=len(self._lines) > MAX_LINES_WAITING):
+            try:
+                lines = [self._lines.popleft() for _ in range(len(self._lines))]
+                self._written.msg = "\n".join(lines)
+                for writer in self._writers:
+                    writer.handle(self._written)
+            finally:
+                self._writing.release()
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -2200,9 +2383,9 @@ def set_up_logging(level: str, file: Path | None = None) -> None:
     # What no format of ours shows need not be looked up for each line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # the logging HOWTO, "Optimization": no search for the caller
-    for handler in handlers:
-        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.basicConfig(level=LOG_LEVELS[level], handlers=handlers, force=True)
+    lines = _Lines(handlers)
+    lines.setFormatter(_OneLine())
+    logging.basicConfig(level=LOG_LEVELS[level], handlers=[lines], force=True)
 
 
 Stops = queue.SimpleQueue[int]  # its put is safe in a signal handler

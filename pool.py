@@ -62,6 +62,7 @@ MAX_IDLE_CONNECTIONS: Final = 32
 IDLE_CONNECTION_S: Final = 4.0  # llama-server closes after 5
 REQUESTS_PER_CONNECTION: Final = 100  # then llama-server closes (cpp-httplib)
 CONNECT_TIMEOUT_S: Final = 5.0
+UNWATCHED_S: Final = 0.1  # a child is listened to so long with no eye on its client
 NOT_ASKED: Final = 0  # in place of a status
 OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
@@ -181,7 +182,7 @@ class Upstream:
             self.drop(kept)
         sock = socket.create_connection(("127.0.0.1", self.port), CONNECT_TIMEOUT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setblocking(False)
+        winsvc.limit_receive(sock, UNWATCHED_S)
         connection = Connection(sock)
         with self._lock:
             if not self.is_closed:

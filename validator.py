@@ -777,25 +777,29 @@ def _merged_kwargs(text: str, body: "JsonObject") -> str:
 
 
 _JSON_BLANKS: Final = " \t\r\n"
+_LONG_CHARS: Final = 16 * 1024
 _JSON_GAP = re.compile(r"[ \t\r\n]*")
 
 
 class JsonObject:
     """A JSON object as text, which can be given members without touching the rest.
 
-    `values` holds them parsed, every number a float. Of a name that stands twice
-    the last counts, as llama-server reads it.
+    `values` holds them parsed, every number a float. Within the lists of a long text
+    stands for each object only whether it has members: all of it would take more memory
+    than the text. Of a name that stands twice the last counts, as llama-server reads it.
     """
 
     def __init__(self, text: str) -> None:
         """Raises ValueError if the text is not one JSON object."""
-        try:
-            values = _JSON_DECODER.decode(text)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        if not isinstance(values, dict):
-            raise ValueError("it is another JSON value")  # noqa: TRY004 - one kind for all
         self.text = text
+        if len(text) < _LONG_CHARS:
+            values = self._decoded()
+        else:  # once is enough: reading it takes longer than all else that is done with it
+            spans, values = {}, {}
+            for name, start, end, value in self._members():
+                spans[name] = (start, end)
+                values[name] = value
+            self._spans = spans
         self.values: dict[str, object] = values
 
     def texts(self) -> dict[str, str]:
@@ -808,36 +812,62 @@ class JsonObject:
 
     def with_members(self, new: Mapping[str, str]) -> str:
         """The text with these members, values in JSON, in their old place if they had one."""
-        replaced = [name for name in new if name in self.values]
+        pieces, at = [], 0
+        for start, end, text in self.edits(new):
+            pieces += [self.text[at:start], text]
+            at = end
+        return "".join([*pieces, self.text[at:]])
+
+    def bytes_before(self, at: int) -> int:
+        """How many bytes of UTF-8 stand before a character."""
+        return at if self.text.isascii() else len(self.text[:at].encode("utf-8"))
+
+    def edits(self, new: Mapping[str, str]) -> list[tuple[int, int, str]]:
+        """What these members replace: from, to, and the text instead, in order."""
+        edits = sorted((*self._spans[name], new[name]) for name in new if name in self.values)
         added = [f"{json.dumps(n)}:{text}" for n, text in new.items() if n not in self.values]
-        gap = "," if self.values and added else ""
-        end = self.text.rindex("}")
-        pieces = [gap + ",".join(added) + self.text[end:]]
-        spans = [(*self._spans[name], name) for name in replaced]
-        for start, stop, name in sorted(spans, reverse=True):
-            pieces += [self.text[stop:end], new[name]]
-            end = start
-        pieces.append(self.text[:end])
-        return "".join(reversed(pieces))
+        if added:
+            end = self.text.rindex("}")
+            edits.append((end, end, ("," if self.values else "") + ",".join(added)))
+        return edits
+
+    def _decoded(self) -> dict[str, object]:
+        try:
+            values = _JSON_DECODER.decode(self.text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(values, dict):
+            raise ValueError("it is another JSON value")  # noqa: TRY004 - one kind for all
+        return values
 
     @functools.cached_property
     def _spans(self) -> dict[str, tuple[int, int]]:
-        """Where each member's value stands; worked out only where it must be known."""
-        spans: dict[str, tuple[int, int]] = {}
+        """Where each member's value stands; of a short text worked out where it must be known."""
+        return {name: (start, end) for name, start, end, _ in self._members()}
+
+    def _members(self) -> Iterator[tuple[str, int, int, object]]:
+        """Name, where the value stands, and the value. Raises ValueError."""
+        is_long = len(self.text) >= _LONG_CHARS
         at = self._expect("{", 0)
-        while self.text[at : at + 1] == '"':
+        is_over = self.text.startswith("}", at)
+        while not is_over:
+            if not self.text.startswith('"', at):
+                raise ValueError(f"a name is expected at character {at}")
             name, at = self._value(at)
             start = self._expect(":", at)
-            _, end = self._value(start)
-            spans[name] = (start, end)
+            is_long_list = is_long and self.text.startswith("[", start)
+            value, end = self._value(start, _FLAT_DECODER if is_long_list else _JSON_DECODER)
+            yield name, start, end, value
             at = self._gap(end)
-            if self.text[at] == ",":
-                at = self._gap(at + 1)
-        return spans
+            is_over = self.text.startswith("}", at)
+            if not is_over:
+                at = self._expect(",", at)
+        if self._gap(at + 1) < len(self.text):
+            raise ValueError(f"more follows the object at character {at + 1}")
 
-    def _value(self, at: int) -> tuple[Any, int]:
+    def _value(self, at: int, decoder: json.JSONDecoder | None = None) -> tuple[Any, int]:
         try:
-            return _JSON_DECODER.raw_decode(self.text, at)
+            return (decoder or _JSON_DECODER).raw_decode(self.text, at)
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
@@ -1137,6 +1167,9 @@ def _no_constant(name: str) -> object:
 
 # Whole numbers may be longer than Python's own limit for int().
 _JSON_DECODER = json.JSONDecoder(parse_int=float, parse_constant=_no_constant)
+_FLAT_DECODER = json.JSONDecoder(
+    parse_int=float, parse_constant=_no_constant, object_pairs_hook=bool
+)
 
 
 def _text(_flag: Flag, value: str) -> str:

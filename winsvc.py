@@ -20,6 +20,7 @@ import select
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -455,6 +456,11 @@ if sys.platform == "win32":
         """Whether more can be sent, or the connection has ended, within so many seconds."""
         return any(select.select([], [sock], [sock], timeout_s))
 
+    def limit_receive(sock: socket.socket, seconds: float) -> float:
+        """Let no receive block: after one that timed out the socket would be of no use here."""
+        sock.setblocking(False)
+        return 0.0
+
     def claim(listener: socket.socket) -> None:
         """Before bind: no second program may listen on this port beside us."""
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
@@ -562,6 +568,18 @@ else:
         poll = select.poll()
         poll.register(sock, select.POLLOUT)
         return bool(poll.poll(timeout_s * 1000))
+
+    def limit_receive(sock: socket.socket, seconds: float) -> float:
+        """Let a receive block for so long and then raise BlockingIOError; on Windows at once.
+
+        The seconds that it will really block. It saves asking before each one
+        whether there is something to read.
+        """
+        sock.setblocking(True)
+        whole_s, part_s = divmod(seconds, 1)
+        limit = struct.pack("ll", int(whole_s), int(part_s * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        return seconds
 
     def claim(listener: socket.socket) -> None:
         """Before bind: a port whose last connections linger may be taken again."""

@@ -413,13 +413,13 @@ def live_args(live: LiveCatalog, header: str = "") -> tuple[str, ...]:
 
 def test_a_llama_server_that_stays_is_asked_once(binary: Binary) -> None:
     config = config_with(binary)
-    live = LiveCatalog(config)
+    live = LiveCatalog(config, trust_s=0)
     assert live.current() is live.current() is config.catalog
     assert binary.times_asked == 1
 
 
 def test_a_replaced_llama_server_is_asked_for_its_flags_again(binary: Binary) -> None:
-    live = LiveCatalog(config_with(binary, LLAMA_SIDECAR_UNKNOWN_FLAGS="allow"))
+    live = LiveCatalog(config_with(binary, LLAMA_SIDECAR_UNKNOWN_FLAGS="allow"), trust_s=0)
     assert live_args(live) == ("--ctx-size", "4096", "--no-mmap")
     assert live.current().own_args() == ("--no-webui",)
     with pytest.raises(FlagsRefused, match="--glow"):
@@ -444,7 +444,7 @@ BROKEN = {
 def test_a_replacement_that_cannot_be_used_leaves_what_was_known(
     binary: Binary, caplog: pytest.LogCaptureFixture, help_text: str, code: int
 ) -> None:
-    live = LiveCatalog(config_with(binary))
+    live = LiveCatalog(config_with(binary), trust_s=0)
     before = live.current()
     binary.becomes(help_text, code)
     assert live.current() is live.current() is live.current() is before
@@ -459,7 +459,7 @@ def test_a_replacement_that_cannot_be_used_leaves_what_was_known(
 def test_a_llama_server_that_vanished_leaves_what_was_known(
     binary: Binary, caplog: pytest.LogCaptureFixture
 ) -> None:
-    live = LiveCatalog(config_with(binary))
+    live = LiveCatalog(config_with(binary), trust_s=0)
     before = live.current()
     caplog.clear()
     binary.file.unlink()
@@ -470,7 +470,7 @@ def test_a_llama_server_that_vanished_leaves_what_was_known(
 
 
 def test_threads_that_see_the_change_together_ask_once(binary: Binary) -> None:
-    live = LiveCatalog(config_with(binary))
+    live = LiveCatalog(config_with(binary), trust_s=0)
     binary.becomes(NEW_HELP)
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: live_args(live), range(16)))
