@@ -46,6 +46,7 @@ HEALTH_POLL_S: Final = 0.05
 HEALTH_TIMEOUT_S: Final = 10.0
 STOP_S: Final = 10.0
 LAST_WORDS_S: Final = 5.0  # for a server that broke off an answer to end, and say why
+SHUTDOWN_S: Final = 120.0  # then it was none
 WARM_UP_TOKENS: Final = 32
 LONGEST_LINE: Final = 4096
 LONGEST_ERROR: Final = 500
@@ -382,6 +383,7 @@ class Sweep:
                 found = _measured(server, block, prompts.PROMPTS[cell.prompt], self._plan)
             except NO_ANSWER as exc:
                 reason = _reason(server, exc)
+                _wait_out_a_shutdown()
                 self._append(record | NOTHING_MEASURED | {"outcome": "error", "error": reason})
                 if server.has_ended() or not isinstance(exc, CellFailed):
                     return
@@ -390,6 +392,7 @@ class Sweep:
 
     def _fail(self, block: Block, cells: Sequence[Cell], reason: str) -> None:
         """No server, no cells: each is told why."""
+        _wait_out_a_shutdown()
         if not self._is_done(block.server_id):
             self._append_server(block, outcome="error", error=reason)
         for cell in cells:
@@ -532,6 +535,12 @@ def _reason(server: Server, exc: Exception) -> str:
     if is_cut and server.has_ended(LAST_WORDS_S):
         return server.last_words()
     return f"{type(exc).__name__}: {exc}"[:LONGEST_ERROR]
+
+
+def _wait_out_a_shutdown() -> None:
+    """What fails while the system ends its programs is no failure: wait to be ended too."""
+    if machine.is_shutting_down():
+        threading.Event().wait(SHUTDOWN_S)
 
 
 def _more(before: int | None, after: int | None) -> int | None:
