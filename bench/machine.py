@@ -116,7 +116,7 @@ if sys.platform == "win32":
             counters = _MemoryCounters()
             counters.cb = ctypes.sizeof(counters)
             ok = kernel32.K32GetProcessMemoryInfo(handle, ctypes.byref(counters), counters.cb)
-            return int(counters.WorkingSetSize) if ok else None
+            return (int(counters.WorkingSetSize) or None) if ok else None
         finally:
             kernel32.CloseHandle(handle)
 
