@@ -116,7 +116,7 @@ if sys.platform == "win32":
             counters = _MemoryCounters()
             counters.cb = ctypes.sizeof(counters)
             ok = kernel32.K32GetProcessMemoryInfo(handle, ctypes.byref(counters), counters.cb)
-            return int(counters.WorkingSetSize) if ok else None
+            return (int(counters.WorkingSetSize) or None) if ok else None
         finally:
             kernel32.CloseHandle(handle)
 
@@ -126,10 +126,20 @@ if sys.platform == "win32":
         found = kernel32.GetPriorityClass(kernel32.GetCurrentProcess())
         return _PRIORITIES.get(found, f"unknown ({found:#x})")
 
+    _SHUTTING_DOWN = 0x2000  # SM_SHUTTINGDOWN, winuser.h
+
+    def is_shutting_down() -> bool:
+        """Whether the system ends its programs, llama-server perhaps before us."""
+        return bool(ctypes.WinDLL("user32").GetSystemMetrics(_SHUTTING_DOWN))
+
     def _processor() -> str:
         return platform.processor()
 
 else:
+
+    def is_shutting_down() -> bool:
+        """Whether the system ends its programs: here it tells us by a signal."""
+        return False
 
     def rss_bytes(pid: int) -> int | None:
         """Physical memory that a process holds, what it maps included; None if it is gone."""

@@ -122,7 +122,7 @@ class Progress:
 
 def _discard(stream: TextIO) -> None:
     """From now on, and when the program ends too, what it is given is gone."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # it may be no file at all
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

@@ -65,6 +65,10 @@ def test_a_nicer_process_says_how_nice_it_is() -> None:
     assert done.stdout == f"nice {int(ours.stdout) + 7}\n"
 
 
+def test_a_system_that_runs_tests_is_not_shutting_down() -> None:
+    assert machine.is_shutting_down() is False
+
+
 Smi = Callable[[str], None]
 
 

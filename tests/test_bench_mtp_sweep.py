@@ -345,7 +345,7 @@ def test_killed_at_random_moments_it_ends_with_the_file_of_an_unbroken_run(tmp_p
     print(f"seed {seed}")
     gguf = tmp_path / "of-this-test.gguf"
     shutil.copy(real_parts.tiny(), gguf)
-    settings = {"n_predict": 48, "repetitions": 3, "prompts": ["code", "story", "summary"]}
+    settings = {"n_predict": 48, "repetitions": 4, "prompts": ["code", "story", "summary"]}
     folders = [tmp_path / name for name in ("unbroken", "killed")]
     for folder in folders:
         folder.mkdir()
@@ -355,12 +355,12 @@ def test_killed_at_random_moments_it_ends_with_the_file_of_an_unbroken_run(tmp_p
 
     file = killed.with_name("results.jsonl")
     for _ in range(20):
-        kill_after(killed, size(file) + rng.randrange(2400), rng.uniform(0, 0.1))
+        kill_after(killed, size(file) + rng.randrange(1500), rng.uniform(0, 0.08))
     swept(killed)
 
     assert without_times(file) == without_times(unbroken.with_name("results.jsonl"))
     ids = [record.get("id") for record in without_times(file)]
-    assert len(set(ids)) == len(ids) == 1 + 2 * 4 * (1 + 9)
+    assert len(set(ids)) == len(ids) == 1 + 2 * 4 * (1 + 12)
     wait_until(lambda: not servers_of(gguf), "no llama-server is left over")
 
 
@@ -533,6 +533,20 @@ def test_programs_get_every_step_as_json(double: Path) -> None:
     assert "m/on/b1/story/r0" in [state.get("cell") for state in states]
     assert states[-2]["tok_s"] == pytest.approx(700.0)
     assert states[-1]["said"].startswith("done: 8 measured, 0 failed, 0 unsupported: ")
+
+
+def test_what_an_earlier_run_did_counts_as_done_from_the_start(double: Path) -> None:
+    plan = written_plan(double.parent, doubled(double))
+    swept(plan)
+    file = plan.with_name("results.jsonl")
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:6]))
+
+    done = swept(plan, "--json")
+
+    states = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [state["done"] for state in states][:2] == [3, 3]
+    assert (states[-1]["done"], states[-1]["total"]) == (8, 8)
+    assert states[3]["eta_s"] is None  # one cell of this run says little
 
 
 def test_the_header_tells_where_it_was_measured(double: Path) -> None:
