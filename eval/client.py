@@ -128,6 +128,8 @@ class Client:
         parts = urllib.parse.urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{base_url!r} is no address: it takes http://HOST:PORT")
+        if parts.username is not None:  # addresses are stored with the results
+            raise ValueError("an address with a password is not taken: name the key's variable")
         self.base_url = base_url
         self._is_tls = parts.scheme == "https"
         self._host = parts.hostname
