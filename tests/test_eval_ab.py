@@ -171,7 +171,7 @@ def entries(*texts: str) -> dict[str, list[Entry]]:
     return {prompt.id: found for prompt in (CODER, REVIEWER)}
 
 
-FENCED = "Vote 1: A\n```text\nVote 2: B\n````\nSheet 0123456789ab\n"
+FENCED = "Vote 1: A\n```\nVote 2: B\n````text\nSheet 0123456789ab\n"
 
 
 def voted_on(sheet: votes.Sheet, choices: Mapping[str, str]) -> str:
@@ -354,6 +354,8 @@ def test_one_contestant_after_another_and_the_report_says_who_is_ahead(
 ) -> None:
     assert compare(server, tmp_path, "--models", "good,bad") == 0
     assert server.questions == [(model, "", role) for model in ("good", "bad") for role in ROLES]
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("*.jsonl"))
+    assert b"by lot" not in stored, "the id of a tool call makes two equal runs differ"
     said = capsys.readouterr().out
     assert "good is ahead of bad: 13 won, 1 tied, 0 lost; p < 0.001" in said
     found = numbers(tmp_path, capsys)
@@ -678,6 +680,7 @@ def test_a_comparison_that_is_killed_and_gone_on_with_is_that_of_an_unbroken_run
         finally:
             process.kill()
             process.communicate()
+        assert until > 4 or lines(broken) < 2 * (PROMPTS + 1), "it was killed too late"
     ended(started(daemon, broken))
     assert without_times(broken) == without_times(whole)
     again = sum(row["requests_total"] for row in daemon.sidecars()) - asked
