@@ -40,6 +40,7 @@ STOP_WORDS = {
 }
 FEWEST_STOP_WORDS = 5
 PROBE, DONE = "probe_of_the_check", "done"
+EMPTY = "empty"
 
 FENCE = re.compile(
     r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL
@@ -122,6 +123,8 @@ def refuse_bad(spec: Spec) -> None:
 def findings(specs: Sequence[Spec], reply: Reply, run: Runner | None = None) -> list[Finding]:
     """First whether there is a whole reply at all, then every check in its order.
 
+    An empty reply passes none.
+
     With `run`, checks of the kind `python_runs` execute what the model wrote.
     """
     return [_finished(reply), *(_finding(spec, reply, run) for spec in specs)]
@@ -132,13 +135,15 @@ def _finished(reply: Reply) -> Finding:
     if reply.finish_reason == "length":
         why = "cut off at the token limit"
     elif reply.is_empty:
-        why = "empty"
+        why = EMPTY
     return Finding("finished", "failed" if why else "passed", why)
 
 
 def _finding(spec: Spec, reply: Reply, run: Runner | None) -> Finding:
     label = spec["label"]
-    if spec["check"] != "python_runs":
+    if reply.is_empty:  # else it would pass all that asks for something to be left out
+        why = EMPTY
+    elif spec["check"] != "python_runs":
         why = KINDS[spec["check"]].find(spec, reply)
     elif run is None:
         return Finding(label, "skipped", "running model code is not allowed")

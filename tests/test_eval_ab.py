@@ -385,12 +385,13 @@ def only(folder: Path, *names: str) -> Path:
 
 
 def test_two_sets_of_flags_of_one_model_are_two_contestants(
-    server: Scripted, tmp_path: Path
+    server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = "--cache-type-k q8_0"
     assert compare(server, tmp_path, "--contestant", "good", "--contestant", f"good {flags}") == 0
     assert {asked[:2] for asked in server.asked} == {("good", ""), ("good", flags)}
     assert len(list(tmp_path.glob("ab.*.jsonl"))) == 2
+    assert f"good and good {flags} gave the same text 14 of 14 times." in capsys.readouterr().out
 
 
 def test_what_failed_is_asked_again_and_nothing_else(
