@@ -288,7 +288,9 @@ def _python(reply: Reply) -> tuple[ast.Module, str]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of "\d", which a model may well write
             module = ast.parse(code_of(reply.text, "python"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+    except SyntaxError as exc:
+        return ast.Module([], []), f"no Python: {shown(exc.msg)}, line {exc.lineno}"
+    except (ValueError, RecursionError, MemoryError) as exc:
         return ast.Module([], []), f"no Python: {shown(str(exc) or type(exc).__name__)}"
     return (module, "") if module.body else (module, "no code")
 
