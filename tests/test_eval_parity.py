@@ -17,12 +17,16 @@ from eval import gsm8k, mmlu
 REPLIES = json.loads(Path(__file__).with_name("lm_eval_replies.json").read_text(encoding="ascii"))
 NOTHING = "[invalid]"  # what it calls a reply in which it finds none
 
-each_sum = pytest.mark.parametrize("row", REPLIES["gsm8k"], ids=lambda row: str(row["id"]))
+SUMS = REPLIES["gsm8k"] + REPLIES["made"]  # replies of SmolLM2, and of our own
+
+each_sum = pytest.mark.parametrize("row", SUMS, ids=lambda row: str(row["id"]))
 each_choice = pytest.mark.parametrize("row", REPLIES["mmlu"], ids=lambda row: str(row["id"]))
 
 
-def test_there_are_twenty_replies_of_each() -> None:
-    assert {task: len(rows) for task, rows in REPLIES.items()} == {"gsm8k": 20, "mmlu": 20}
+def test_there_are_twenty_replies_of_each_and_some_that_are_right() -> None:
+    assert (len(REPLIES["gsm8k"]), len(REPLIES["mmlu"])) == (20, 20)
+    for name in ("strict-match", "flexible-extract"):
+        assert {row["is_right"][name] for row in REPLIES["made"]} == {True, False}
 
 
 @each_sum
