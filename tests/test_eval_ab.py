@@ -25,14 +25,12 @@ from eval.contestant import Contestant
 from eval.judge import Entry, Habits, Pair, rulings, verdict
 from eval.stats import Game
 from tests import real_parts
-from tests.browser import browser, opened
+from tests.browser import opened
 from tests.daemon import ROOT, Daemon, bare_environment, free_port_range, started_daemon, wait_until
 from tests.test_eval_checks import ROLES, golden
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-
-__all__ = ["browser"]  # a fixture
 
 CODER, REVIEWER = roles.load()[:2]
 LONG, SHORT = Contestant("long"), Contestant("short")

@@ -14,12 +14,10 @@ from eval import report
 from eval.contestant import Contestant
 from eval.report import Group
 from eval.results import file_of, read_folders
-from tests.browser import browser, opened
+from tests.browser import opened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
-
-__all__ = ["browser"]  # a fixture
 
 RIGHT, WRONG = "correct", "wrong"
 
