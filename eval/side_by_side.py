@@ -44,9 +44,9 @@ def markdown_of(found: Comparison) -> str:
     parts.append(page.markdown_table(SIDE_COLUMNS, _side_rows(found)))
     parts += [f"{line}\n" for line in same_replies(found)]
     for ranking in found.rankings:
+        parts += [f"## {ranking.source}\n", f"{ranking.note}\n"]
         if not ranking.games:
             continue
-        parts += [f"## {ranking.source}\n", f"{ranking.note}\n"]
         parts.append(page.markdown_table(RATING_COLUMNS, _rating_rows(ranking, found)))
         parts.append("".join(f"- {line}\n" for line in _duel_lines(ranking, found)))
     columns = [Column("prompt"), *(Column(name, is_number=True) for name in _names(found))]
@@ -136,7 +136,7 @@ def _by_slug(found: Comparison) -> dict[str, str]:
 
 def _ranking(ranking: Ranking, found: Comparison) -> list[Markup]:
     if not ranking.games:
-        return [page.heading(ranking.source), page.note(ranking.note)] if ranking.note else []
+        return [page.heading(ranking.source), page.note(ranking.note)]
     names = _by_slug(found)
     dots = [
         Dot(
