@@ -183,6 +183,8 @@ def _matches(spec: Spec, reply: Reply) -> str:
     """`pattern` is searched with re.MULTILINE; `at_least` is 1 unless given."""
     count = sum(1 for _ in re.finditer(spec["pattern"], reply.text, re.MULTILINE))
     least, most = spec.get("at_least", 1), spec.get("at_most")
+    if not count and least == 1:
+        return f"nothing matches {spec['pattern']}"
     if count < least:
         return f"{count} instead of {least} or more matches of {spec['pattern']}"
     if most is not None and count > most:
