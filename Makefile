@@ -73,8 +73,8 @@ bench-trace: $(READY) ## count the loads of a recorded trace, with and without a
 soak: $(READY) ## let agents ask for 10 minutes while processes are killed
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV_PYTHON) -m bench.soak $(ARGS)
 
-eval: ## measure the quality of answers (not written yet)
-	@echo "make eval: there is no evaluation program yet" >&2; exit 1
+eval: $(READY) ## ask a running daemon benchmark questions: make eval ARGS="--task gsm8k --model ID"
+	@$(VENV_PYTHON) -m eval.run $(or $(ARGS),--task gsm8k --model default --limit 5)
 
 clean: ## remove everything that these targets made, downloads included
 	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

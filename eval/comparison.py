@@ -377,7 +377,9 @@ def as_json(comparison: Comparison) -> str:
             "source": ranking.source,
             "note": ranking.note,
             "ratings": [dataclasses.asdict(rating) for rating in ranking.ratings],
-            "duels": [dataclasses.asdict(duel) for duel in ranking.duels],
+            "duels": [
+                dataclasses.asdict(duel) | {"is_shown": duel.is_shown} for duel in ranking.duels
+            ],
         }
         for ranking in comparison.rankings
     ]

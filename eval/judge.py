@@ -22,6 +22,7 @@ from eval.stats import Game
 PROMPT_VERSION = "judge-1"
 MAX_TOKENS = 400
 LONGEST_REPLY = 12_000  # characters: what is longer is cut, and the judge is told
+LONGEST_VERDICT = 4_000  # characters from the end in which the object is looked for
 ORDERS = ("ab", "ba")
 INVALID = "invalid"  # no verdict could be read
 SEATS = {"a": "A", "b": "B", "tie": "tie", "t": "tie", "draw": "tie", "equal": "tie"}
@@ -89,10 +90,11 @@ def is_own(pair: Pair, judge: Contestant) -> bool:
 
 def messages(pair: Pair, order: str) -> list[dict[str, str]]:
     at_a, at_b = pair.seated(order)
+    mark = pair.sha256[:8]  # no reply can hold it, so none can end its own frame
     parts = [
-        _framed("TASK", f"{pair.prompt.system}\n\n{pair.prompt.user}{_tools(pair.prompt)}"),
-        _framed("REPLY A", at_a.text),
-        _framed("REPLY B", at_b.text),
+        _framed(f"TASK {mark}", f"{pair.prompt.system}\n\n{pair.prompt.user}{_tools(pair.prompt)}"),
+        _framed(f"REPLY A {mark}", at_a.text),
+        _framed(f"REPLY B {mark}", at_b.text),
         'Which reply is better? Only the JSON object: {"reason": ..., "winner": ...}',
     ]
     return [
@@ -113,7 +115,7 @@ def _framed(name: str, text: str) -> str:
 
 def verdict(reply: str) -> str:
     """A, B, tie, or invalid: the field `winner` of the last JSON object that has one."""
-    for value in reversed(list(_objects(reply))):
+    for value in reversed(list(_objects(reply[-LONGEST_VERDICT:]))):
         winner = value.get("winner")
         if isinstance(winner, str):
             named = re.sub(r"^reply\s+", "", winner.strip().lower())

@@ -87,7 +87,7 @@ class Duel:
         return self.p_holm < SHOWN_BELOW
 
     def sentence(self) -> str:
-        p = f"p = {self.p_holm:.3f}" if self.p_holm >= 0.001 else "p < 0.001"
+        p = stats.p_in_words(self.p_holm)
         counts = f"right where the other is not: {self.only_first} and {self.only_second}; {p}"
         if not self.is_shown:
             return f"{self.first} against {self.second}: no difference shown ({counts})"
@@ -179,8 +179,8 @@ def _notes(run: Run) -> list[str]:
     ):
         if run.rate(outcome) >= MANY:
             notes.append(
-                f"{run.label}: {100 * run.rate(outcome):.0f} % of the replies are {words}; the "
-                "score says as much of that as of what the model knows."
+                f"{run.label}: {100 * run.rate(outcome):.0f} % of the replies are {words}, and "
+                "count as not right."
             )
     graders = sorted({str(it["grader"]) for it in run.result.records if it.get("grader")})
     if len(graders) > 1:
@@ -371,7 +371,7 @@ def _duels_chart(group: Group) -> Markup:
                 100 * duel.difference,
                 100 * duel.interval.low,
                 100 * duel.interval.high,
-                f"{points(duel.difference)}, p = {duel.p_holm:.3f}",
+                f"{points(duel.difference)}, {stats.p_in_words(duel.p_holm)}",
             ),
             is_shown=duel.is_shown,
         )

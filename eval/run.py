@@ -251,7 +251,7 @@ def _run(task: Task, contestant: Contestant, settings: Settings) -> Summary:
     path = results.file_of(settings.out, task.name, contestant)
     decides = _decides(task, contestant, settings)
     about = _about(task, settings)
-    if not _is_done(path, decides, task):
+    if not _is_done(path, decides, task, settings):
         with settings.client() as client:
             about["server"] = _server(client, task, contestant, settings)
         _check_server(path, decides, about["server"], settings)
@@ -303,14 +303,20 @@ def _body_of_all(task: Task, settings: Settings) -> Record:
     return greedy(settings.max_tokens, settings.seed) | kwargs
 
 
-def _is_done(path: Path, decides: Record, task: Task) -> bool:
-    """Whether the very run is in the file, whole: then nobody needs to be asked."""
+def _is_done(path: Path, decides: Record, task: Task, settings: Settings) -> bool:
+    """Whether the very run is in the file, whole: then nobody needs to be asked.
+
+    Raises OtherRun before anybody is asked in vain.
+    """
     try:
         contents = journal.read(path)
     except (OSError, journal.JournalError):
-        return False
-    is_same = contents.header["run_key"] == journal.run_key(decides)
-    return is_same and not contents.broken and not _left(contents.records, task)
+        return False  # journal.opened makes it, or says it better
+    if contents.header["run_key"] != journal.run_key(decides):
+        if settings.is_new_run:
+            return False
+        raise journal.OtherRun(path, journal.differences(contents.header["decides"], decides))
+    return not contents.broken and not _left(contents.records, task)
 
 
 def _left(records: Mapping[str, Record], task: Task) -> list[Question]:

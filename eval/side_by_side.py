@@ -11,14 +11,13 @@ from pathlib import Path
 
 from bench import page
 from bench.page import Column, Dot, Markup, Value, badge, tag
-from eval import judge
+from eval import judge, stats
 from eval.checks import Finding
-from eval.comparison import NO_DIFFERENCE, TRUNCATED, Answered, Comparison, Duel, Ranking, Side
+from eval.comparison import TRUNCATED, Answered, Comparison, Duel, Ranking, Side
 from eval.roles import Prompt
 
 TITLE = "Replies side by side"
 MARKS = {"passed": "\u2713", "failed": "\u2717", "skipped": "\u2013"}
-MINUS = "\u2212"
 
 
 def page_of(found: Comparison) -> str:
@@ -146,6 +145,10 @@ def _ranking(ranking: Ranking, found: Comparison) -> list[Markup]:
                 rating.interval.high,
                 f"{rating.elo:.0f} [{rating.interval.low:.0f}, {rating.interval.high:.0f}]",
             ),
+            is_shown=any(
+                duel.is_shown and rating.contestant in (duel.first, duel.second)
+                for duel in ranking.duels
+            ),
         )
         for rating in ranking.ratings
     ]
@@ -171,12 +174,13 @@ def _duel_lines(ranking: Ranking, found: Comparison) -> list[str]:
 
 def _duel_line(duel: Duel, first: str, second: str) -> str:
     """A difference is called one only where the corrected test shows it."""
-    counted = f"{duel.wins} won, {duel.ties} tied, {duel.losses} lost"
-    p = f"p = {duel.p_holm:.3f}" if duel.p_holm >= 0.001 else "p < 0.001"
-    if not duel.is_shown:
-        return f"{first} against {second}: no difference shown ({counted}; {p})"
-    better, worse = (first, second) if duel.wins > duel.losses else (second, first)
-    return f"{better} is ahead of {worse} ({first}: {counted}; {p}, below {NO_DIFFERENCE})"
+    won, lost = duel.wins, duel.losses
+    is_turned = duel.is_shown and lost > won
+    if is_turned:
+        first, second, won, lost = second, first, lost, won
+    said = "is ahead of" if duel.is_shown else "shows no difference from"
+    p = stats.p_in_words(duel.p_holm)
+    return f"{first} {said} {second}: {won} won, {duel.ties} tied, {lost} lost; {p}"
 
 
 def _check_rows(found: Comparison) -> list[list[page.Cell]]:

@@ -68,6 +68,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def p_in_words(p: float) -> str:
+    """p = 0.042, or p < 0.001: it is never nothing."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+
+
 def paired_bootstrap(
     differences: Sequence[float], *, seed: int = SEED, draws: int = BOOTSTRAP_DRAWS
 ) -> Interval:

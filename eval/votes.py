@@ -121,15 +121,18 @@ def _fenced(text: str) -> str:
 
 def read(text: str, key: Mapping[str, Any]) -> dict[str, str]:
     """Number of the question -> A, B or T; open ones are left out. Raises BadSheet."""
+    text = text.replace("\r\n", "\n")  # an editor of Windows
     found = SHEET_ID.search(text)
     if not found or found[1] != key.get("sheet"):
         raise BadSheet("this sheet does not belong to this key")
     votes: dict[str, str] = {}
+    seen: set[str] = set()
     for line_number, number, vote in _vote_lines(text):
         if number not in key["questions"]:
             raise BadSheet(f"line {line_number}: there is no question {number}")
-        if number in votes:
+        if number in seen:
             raise BadSheet(f"line {line_number}: a second vote on question {number}")
+        seen.add(number)
         if vote and vote.upper() not in SCORES:
             raise BadSheet(f"line {line_number}: {vote!r} is none of A, B and T")
         if vote:
@@ -141,7 +144,6 @@ def _vote_lines(text: str) -> list[tuple[int, str, str]]:
     """Line number, question and vote, of lines that stand outside of what models wrote."""
     found, fence = [], ""
     for line_number, line in enumerate(text.split("\n"), 1):
-        line = line.rstrip("\r")
         if fence:
             fence = "" if line.rstrip() == fence else fence
         elif opened := FENCE.match(line):
