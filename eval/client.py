@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import selectors
 import socket
 import ssl
 import threading
@@ -34,6 +35,8 @@ EXACT = {"X-Sidecar-Exact": "1"}
 MAX_ANSWER_BYTES = 64 << 20
 PIECE_BYTES = 1 << 16
 CONNECT_S = 20.0
+POLL_S = 0.5
+CUT_OFF = "it was cut off from here"
 # Where the server says "not now", beside what it says of when.
 BUSY = {429, 503}
 BUSY_PAUSE_S = 2.0
@@ -128,6 +131,8 @@ class Client:
         parts = urllib.parse.urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{base_url!r} is no address: it takes http://HOST:PORT")
+        if parts.username is not None:  # addresses are stored with the results
+            raise ValueError("an address with a password is not taken: name the key's variable")
         self.base_url = base_url
         self._is_tls = parts.scheme == "https"
         self._host = parts.hostname
@@ -256,7 +261,7 @@ class Client:
                 return self._sent_on(self._connection, method, path, data, headers)
             self.close()
         if self._aborted.is_set():
-            raise ConnectionAbortedError("it was cut off from here")
+            raise ConnectionAbortedError(CUT_OFF)
         self._connection = self._connected()
         return self._sent_on(self._connection, method, path, data, headers)
 
@@ -282,7 +287,18 @@ class Client:
             raise RemoteDisconnected("the connection was closed")
         connection.sock.settimeout(self._timeout_s)
         connection.request(method, self._prefix + path, data, {**self._headers, **headers})
+        self._await_answer(connection.sock)
         return connection.getresponse()
+
+    def _await_answer(self, sock: socket.socket) -> None:
+        """Until its first byte; looks up now and then, since Windows may not wake who waits."""
+        deadline = time.monotonic() + self._timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ)
+            while not self._aborted.is_set() and time.monotonic() < deadline:
+                if selector.select(min(POLL_S, max(0.0, deadline - time.monotonic()))):
+                    return
+        raise ConnectionAbortedError(CUT_OFF) if self._aborted.is_set() else TimeoutError
 
 
 def _whole(response: HTTPResponse, connection: HTTPConnection | None, deadline: float) -> bytes:

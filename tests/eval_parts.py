@@ -118,6 +118,17 @@ def question_of(body: bytes) -> str:
     return str(messages[-1].get("content") or value.get("prompt") or "")
 
 
+def without_times(results: bytes) -> bytes:
+    """A file of results without what is measured and when it was begun."""
+    lines = []
+    for line in results.splitlines(keepends=True):
+        value: dict[str, Any] = json.loads(line)
+        value.pop("measured", None)
+        value.get("about", {}).pop("created", None)
+        lines.append(json.dumps(value).encode() + b"\n")
+    return b"".join(lines)
+
+
 Said = tuple[int, object]  # a status and the JSON of a body
 
 

@@ -19,7 +19,7 @@ FIXTURE = Path(__file__).with_name("lm_eval_replies.json")
 
 COMPARED = {"ignore_case": True, "ignore_punctuation": False}
 IGNORED = [",", "\\$", "(?s).*#### ", "\\.$"]  # as its gsm8k.yaml has it
-FILTERS = {
+FILTERS: dict[str, dict[str, Any]] = {
     "strict-match": {"regex_pattern": r"#### (\-?[0-9\.\,]+)"},
     "flexible-extract": {"regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)", "group_select": -1},
 }

@@ -199,6 +199,20 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_again() -> None:
     assert server.connections == 3
 
 
+def test_an_answer_in_chunks_is_read_to_its_end() -> None:
+    data = json.dumps(CHAT).encode()
+    pieces = [data[:7], data[7:]]
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    whole, torn = head + chunks + b"0\r\n\r\n", head + chunks[:-9]
+    with scripted(whole, whole, torn) as server, Client(server.url, timeout_s=5) as client:
+        assert [client.chat(HELLO).reply for _ in range(2)] == ["yes", "yes"]
+        assert server.connections == 1
+        server.answers.append(b"")
+        with pytest.raises(AskError):
+            client.chat(HELLO)
+
+
 def test_nobody_listening_is_an_error_that_may_pass() -> None:
     with (
         Client("http://127.0.0.1:1") as client,
@@ -240,7 +254,9 @@ def test_a_call_can_be_cut_off_by_another_thread() -> None:
     assert len(server.requests) == 2  # not sent again on another connection
 
 
-@pytest.mark.parametrize("address", ["", "127.0.0.1:8402", "ftp://x", "http://", "http://x:port"])
+@pytest.mark.parametrize(
+    "address", ["", "127.0.0.1:8402", "ftp://x", "http://", "http://x:port", "http://me:key@x"]
+)
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match=r"address|ort"):
         Client(address)

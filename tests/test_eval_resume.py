@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import random
 import subprocess
 import sys
@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +21,7 @@ from eval.data import Source
 from eval.results import VERDICTS
 from tests import real_parts
 from tests.daemon import ROOT, bare_environment
-from tests.eval_parts import DATA, CountingProxy, needs_data
+from tests.eval_parts import DATA, CountingProxy, needs_data, without_times
 from tests.llama_server import started_server
 
 pytestmark = [pytest.mark.integration, needs_data, pytest.mark.timeout(600)]
@@ -95,17 +94,7 @@ class Run:
 
     def results(self) -> dict[str, bytes]:
         """Every file of results, without what is measured and when it began."""
-        return {path.name: without_times(path) for path in self.folder.glob("*.jsonl")}
-
-
-def without_times(path: Path) -> bytes:
-    lines = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        value: dict[str, Any] = json.loads(line)
-        value.pop("measured", None)
-        value.get("about", {}).pop("created", None)
-        lines.append(json.dumps(value).encode() + b"\n")
-    return b"".join(lines)
+        return {path.name: without_times(path.read_bytes()) for path in self.folder.glob("*.jsonl")}
 
 
 class Killer:
@@ -141,6 +130,7 @@ class Killer:
         return self.process.returncode != 0
 
 
+@functools.cache
 def ids_by_text(task: str) -> dict[str, str]:
     questions = tasks.load(task, Source(DATA), SEED, QUESTIONS).questions
     return {question.messages[-1]["content"]: question.id for question in questions}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.eval_parts import (
     needs_data,
     question_of,
     small_data,
+    without_times,
 )
 from tests.llama_server import started_server
 
@@ -234,6 +236,23 @@ def test_one_at_a_time_means_that_nothing_is_asked_before_the_last_is_on_the_dis
     with Replying(reply).running() as server:
         assert bench.main(server) == 0
     assert stored == list(range(8))
+
+
+def test_a_file_that_was_torn_anywhere_becomes_the_whole_one(
+    bench: Bench,
+) -> None:
+    with Replying(right).running() as server:
+        assert bench.main(server) == 0
+        whole = bench.file().read_bytes()
+        dice = random.Random(5)
+        for _ in range(20):
+            end = dice.randrange(len(whole))
+            bench.file().write_bytes(whole[:end])
+            del server.bodies[:]
+            assert bench.main(server) == 0
+            kept = max(0, whole[:end].count(b"\n") - 1)
+            assert len(server.bodies) == 8 - kept
+            assert without_times(bench.file().read_bytes()) == without_times(whole)
 
 
 # --- HumanEval
