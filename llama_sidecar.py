@@ -937,7 +937,7 @@ class Wire:
         return None
 
 
-SEND_FLAGS: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
+NO_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
 
 
 def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
@@ -948,7 +948,7 @@ def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
     sent = 0
     while sent < len(data):
         try:
-            sent += sock.send(memoryview(data)[sent:], SEND_FLAGS)
+            sent += sock.send(memoryview(data)[sent:], NO_WAIT)
         except BlockingIOError:
             if not winsvc.wait_writable(sock, timeout_s):
                 raise TimeoutError("the peer takes nothing") from None
@@ -1692,7 +1692,7 @@ def _date_at(second: int) -> str:
 def _has_left(client: socket.socket) -> bool:
     """Whether a readable client socket has ended rather than sent its next request."""
     try:
-        return not client.recv(1, socket.MSG_PEEK)
+        return not client.recv(1, socket.MSG_PEEK | NO_WAIT)
     except BlockingIOError:
         return False
     except OSError:
