@@ -80,6 +80,7 @@ MAX_AGENT_ID_CHARS: Final = 128
 MAX_IDLE_THREADS: Final = 32  # kept for the connections to come
 MAX_REMEMBERED_BYTES: Final = 256  # of a header line
 RECEIVE_BYTES: Final = 64 * 1024
+WAITING_BYTES: Final = 8 * 1024  # of a buffer that is held while nothing comes
 IDLE_TIMEOUT_S: Final = 75.0  # between two requests of a kept connection
 HEAD_TIMEOUT_S: Final = 30.0  # for a whole request head, however it trickles in
 BODY_SILENCE_S: Final = 30.0  # between two pieces of a body
@@ -904,12 +905,14 @@ class Wire:
         return self._next(timeout_s)
 
     def _next(self, timeout_s: float | None) -> bytes:
-        if timeout_s != self._blocks_s and not winsvc.wait_readable([self._sock], timeout_s):
+        if timeout_s == self._blocks_s:
+            try:
+                return self._sock.recv(WAITING_BYTES)
+            except BlockingIOError:
+                raise TimeoutError("nothing came") from None
+        if not winsvc.wait_readable([self._sock], timeout_s):
             raise TimeoutError("nothing came")
-        try:
-            return self._sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            raise TimeoutError("nothing came") from None
+        return self._sock.recv(RECEIVE_BYTES)
 
     def head_block(self, first_timeout_s: float | None, timeout_s: float) -> bytes | None:
         """The bytes of a head, without its final empty line; None if the peer ended before any.
@@ -937,7 +940,7 @@ class Wire:
         return None
 
 
-SEND_FLAGS: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
+NO_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
 
 
 def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
@@ -948,7 +951,7 @@ def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
     sent = 0
     while sent < len(data):
         try:
-            sent += sock.send(memoryview(data)[sent:], SEND_FLAGS)
+            sent += sock.send(memoryview(data)[sent:], NO_WAIT)
         except BlockingIOError:
             if not winsvc.wait_writable(sock, timeout_s):
                 raise TimeoutError("the peer takes nothing") from None
@@ -1692,7 +1695,7 @@ def _date_at(second: int) -> str:
 def _has_left(client: socket.socket) -> bool:
     """Whether a readable client socket has ended rather than sent its next request."""
     try:
-        return not client.recv(1, socket.MSG_PEEK)
+        return not client.recv(1, socket.MSG_PEEK | NO_WAIT)
     except BlockingIOError:
         return False
     except OSError:
@@ -1813,7 +1816,7 @@ class _ChildWire(Wire):
     def _next(self, timeout_s: float | None) -> bytes:
         if time.monotonic() < self._unwatched_until:
             with contextlib.suppress(BlockingIOError):
-                return self._sock.recv(RECEIVE_BYTES)
+                return self._sock.recv(WAITING_BYTES)
         self._await()
         self._unwatched_until = time.monotonic() + UNWATCHED_S
         return self._sock.recv(RECEIVE_BYTES)

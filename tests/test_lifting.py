@@ -765,7 +765,10 @@ OBJECTS = st.dictionaries(NAMES, JSON_VALUES, max_size=5)
 SEPARATORS = st.sampled_from([(",", ":"), (", ", ": "), (" ,\r\n", "\t:\n")])
 
 
-@given(OBJECTS, OBJECTS, SEPARATORS, st.booleans(), st.sampled_from(["", " ", "\r\n\t"]))
+LONG = " " * 20_000  # blanks that make a text long, which is read another way
+
+
+@given(OBJECTS, OBJECTS, SEPARATORS, st.booleans(), st.sampled_from(["", " ", "\r\n\t", LONG]))
 @EXAMPLES
 def test_new_members_are_all_that_changes(
     old: dict[str, object],
@@ -785,10 +788,24 @@ def test_new_members_are_all_that_changes(
     } == untouched
 
 
+def without_objects(value: object) -> object:
+    """Within lists, only whether an object has members."""
+    if isinstance(value, list):
+        return [without_objects(item) for item in value]
+    return bool(value) if isinstance(value, dict) else value
+
+
+def flat(values: dict[str, object]) -> dict[str, object]:
+    return {n: without_objects(v) if isinstance(v, list) else v for n, v in values.items()}
+
+
 NOISE = st.text(alphabet='{}[]":,\\ \nantrulefs0123.-+eE\u00e9\ud800', max_size=30)
 
 
-@given(NOISE | st.text(max_size=20) | NOISE.map(lambda text: "{" + text + "}"))
+BRACED = NOISE.map(lambda text: "{" + text + "}")
+
+
+@given(NOISE | st.text(max_size=20) | OBJECTS.map(json.dumps) | BRACED)
 @EXAMPLES
 def test_any_text_is_read_or_refused_as_json_reads_it(text: str) -> None:
     try:
@@ -798,6 +815,8 @@ def test_any_text_is_read_or_refused_as_json_reads_it(text: str) -> None:
         is_object = False
     if is_object:
         assert JsonObject(text).values == wanted
+        assert JsonObject(text + LONG).values == flat(wanted)
     else:
-        with pytest.raises(ValueError, match=r"\w"):
-            JsonObject(text)
+        for refused in (text, text + LONG):
+            with pytest.raises(ValueError, match=r"\w"):
+                JsonObject(refused)

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -180,6 +181,17 @@ def served_here(folder: Path) -> Iterator[int]:
         server.shutdown()
         server.server_close()
         serving.join()
+
+
+def test_connections_one_after_another_share_a_few_threads(tmp_path: Path) -> None:
+    before, served_by = set(threading.enumerate()), set()
+    with served_here(tmp_path) as port:
+        for _ in range(50):
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(HEALTH)
+                assert read_answer(sock)[0] == 200
+                served_by |= {t for t in threading.enumerate() if t.name == "http-client"}
+    assert 1 <= len(served_by - before) < 25
 
 
 def trickle(sock: socket.socket, data: bytes) -> bytes:

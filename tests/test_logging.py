@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,3 +288,45 @@ def test_a_log_file_that_another_program_reads_goes_on(tmp_path: Path) -> None:
         for number in range(10):
             handler.emit(logging.makeLogRecord({"msg": f"line {number} " + "." * 50}))
         assert len(reading.read().splitlines()) == 10
+
+
+def test_nobody_waits_for_the_line_that_another_writes() -> None:
+    """While a full pipe keeps the writer, others bring their lines and go on with their work."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as read, os.fdopen(writing, "w") as written:
+        lines = llama_sidecar._Lines([logging.StreamHandler(written)])
+        lines.setFormatter(llama_sidecar._OneLine())
+        blocked = logging.makeLogRecord({"msg": "x" * PIPE_BYTES, "name": "first"})
+        writer = threading.Thread(target=lines.handle, args=(blocked,))
+        writer.start()
+        wait_until(lines._writing.locked, "the first line is being written")
+        for number in range(100):
+            lines.handle(logging.makeLogRecord({"msg": "line %d", "args": (number,)}))
+        assert writer.is_alive()
+        assert read.readline().endswith("xxx\n")
+        assert [read.readline().split()[-1] for _ in range(100)] == [str(n) for n in range(100)]
+        writer.join(30)
+        assert not writer.is_alive()
+
+
+PIPE_BYTES = 1 << 20  # more than any pipe holds
+
+
+def test_a_file_is_looked_at_again_after_a_while_and_each_time_if_it_is_missing(
+    tmp_path: Path,
+) -> None:
+    file, looks = tmp_path / "model.gguf", []
+
+    def look(path: Path) -> bool:
+        looks.append(path)
+        return path.is_file()
+
+    trusting, doubting = llama_sidecar._Glance(look, 3600.0), llama_sidecar._Glance(look, 0.0)
+    assert not trusting.at(file)
+    file.touch()
+    assert trusting.at(file)
+    assert doubting.at(file)
+    file.unlink()
+    assert trusting.at(file), "an hour has not passed"
+    assert len(looks) == 3
+    assert not doubting.at(file)

@@ -605,7 +605,9 @@ def _exe_outcome() -> Outcome:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "windows", f"--junitxml={report}"]
         lines: list[str] = []
-        with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, cwd=REPO, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line.rstrip("\n"))
