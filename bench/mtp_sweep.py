@@ -262,11 +262,10 @@ class Sweep:
     """Works through a plan and appends to the journal what it finds."""
 
     def __init__(
-        self, plan: Plan, results: journal.Journal, progress: Progress, is_retrying: bool
+        self, plan: Plan, results: journal.Journal, *, is_retrying: bool, is_json: bool
     ) -> None:
         self._plan = plan
         self._results = results
-        self._progress = progress
         self._cells = cells_of(plan)
         self._blocks = [b for model in plan.models for b in blocks_of(model, plan.rounds)]
         self._undone = {
@@ -275,18 +274,31 @@ class Sweep:
             if is_retrying and record["outcome"] == "error"
         }
 
+        counts = self.outcomes()
+        done = counts.total() - counts["missing"]
+        self._progress = Progress(plan.name, counts.total(), done, is_json=is_json)
+
     def run(self) -> None:
-        """Raises OSError where nothing can be written any more."""
-        self._report("")
-        last = None
-        for block in self._blocks:
-            if self._missing(block):
-                if last is not None and last != block.model.id and self._plan.pause_s:
-                    self._report(f"pausing for {self._plan.pause_s:g} s")
-                    threading.Event().wait(self._plan.pause_s)
-                last = block.model.id
-                self._run_block(block)
-        self._report("")
+        """Raises OSError where nothing can be written any more, and JournalError."""
+        with self._progress:
+            self._report("")
+            last = None
+            for block in self._blocks:
+                if self._missing(block):
+                    self._pause(last, block.model.id)
+                    last = block.model.id
+                    self._run_block(block)
+            self._report("")
+            counts = self.outcomes()
+            self._progress.say(
+                f"done: {counts['ok']} measured, {counts['error']} failed, "
+                f"{counts['unsupported']} unsupported: {self._results.path}"
+            )
+
+    def _pause(self, last: str | None, following: str) -> None:
+        if last not in (None, following) and self._plan.pause_s:
+            self._report(f"pausing for {self._plan.pause_s:g} s")
+            threading.Event().wait(self._plan.pause_s)
 
     def outcomes(self) -> Counter[str]:
         """Cells by outcome; those that an unsupported block has not count as such."""
@@ -296,8 +308,9 @@ class Sweep:
                 counts["unsupported"] += len(self._cells)
                 continue
             for cell in self._cells:
-                record = self._results.records.get(block.cell_id(cell))
-                counts[record["outcome"] if record else "missing"] += 1
+                id_ = block.cell_id(cell)
+                is_done = self._is_done(id_)
+                counts[self._results.records[id_]["outcome"] if is_done else "missing"] += 1
         return counts
 
     def _is_unsupported(self, block: Block) -> bool:
@@ -571,15 +584,7 @@ def run(options: argparse.Namespace) -> int:
         is_new_run=options.new_run,
         is_repair=options.repair,
     ) as results:
-        total = len(cells_of(plan)) * sum(len(blocks_of(m, plan.rounds)) for m in plan.models)
-        with Progress(plan.name, total, is_json=options.json) as progress:
-            sweep = Sweep(plan, results, progress, options.retry)
-            sweep.run()
-            counts = sweep.outcomes()
-            progress.say(
-                f"done: {counts['ok']} measured, {counts['error']} failed, "
-                f"{counts['unsupported']} unsupported: {options.out}"
-            )
+        Sweep(plan, results, is_retrying=options.retry, is_json=options.json).run()
     return 0
 
 

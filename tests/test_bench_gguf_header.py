@@ -191,7 +191,9 @@ def test_a_sparse_file_of_a_terabyte_costs_neither_time_nor_memory(tmp_path: Pat
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_no_damage_raises_anything_else(tmp_path: Path, data: st.DataObject) -> None:

@@ -535,6 +535,20 @@ def test_programs_get_every_step_as_json(double: Path) -> None:
     assert states[-1]["said"].startswith("done: 8 measured, 0 failed, 0 unsupported: ")
 
 
+def test_what_an_earlier_run_did_counts_as_done_from_the_start(double: Path) -> None:
+    plan = written_plan(double.parent, doubled(double))
+    swept(plan)
+    file = plan.with_name("results.jsonl")
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:6]))
+
+    done = swept(plan, "--json")
+
+    states = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [state["done"] for state in states][:2] == [3, 3]
+    assert (states[-1]["done"], states[-1]["total"]) == (8, 8)
+    assert states[3]["eta_s"] is None  # one cell of this run says little
+
+
 def test_the_header_tells_where_it_was_measured(double: Path) -> None:
     plan = written_plan(double.parent, doubled(double))
     swept(plan)

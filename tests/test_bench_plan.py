@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench import llama_swap, plan, server_args
@@ -19,6 +19,7 @@ from bench.llama_swap import ConfigError
 from bench.plan import PlanError
 from tests.daemon import ROOT
 
+SLOW = [HealthCheck.too_slow]  # a machine with other work is no fault
 CONFIGS = ROOT / "tests" / "llama_swap_configs"
 ENVIRONMENT = {"LLAMA_BIN": "/opt/llama-server", "MODEL_DIR": "/srv/gguf"}
 
@@ -145,7 +146,7 @@ def test_commands_are_split_as_a_shell_does(command: str, words: list[str]) -> N
     assert llama_swap.split(command, is_windows=False) == words
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(st.text(st.sampled_from('ab \\"\t'), max_size=8), min_size=1, max_size=5))
 def test_what_windows_programs_are_given_is_split_back(words: list[str]) -> None:
     assert llama_swap.split_windows(subprocess.list2cmdline(words)) == words
@@ -266,7 +267,7 @@ def _values(word: str) -> list[str]:
     return ["7"] * (len(flag.takes) if flag else 1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 @given(
     st.lists(
         st.sampled_from(

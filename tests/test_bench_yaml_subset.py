@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from bench import yaml_subset
 
+SLOW = [HealthCheck.too_slow]  # a machine with other work is no fault
 CONFIGS = sorted((Path(__file__).parent / "llama_swap_configs").glob("*.yaml"))
 
 
@@ -55,7 +56,7 @@ NUMBERS_TOO = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 @given(
     TREES,
     st.sampled_from([None, '"', "'", "|", ">"]),
@@ -83,7 +84,7 @@ def test_what_pyyaml_writes_is_read_as_pyyaml_reads_it(
     assert yaml_subset.load(text) == expected
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=SLOW)
 @given(NUMBERS_TOO, st.sampled_from([None, True, False]))
 def test_numbers_stay_the_text_that_they_are(tree: Any, is_flow: bool | None) -> None:
     text = yaml.dump(tree, Dumper=WithoutAliases, default_flow_style=is_flow)
@@ -115,7 +116,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(PIECES, max_size=14).map("".join))
 @example("a:\n - b\n - c\nd: |2\n    x\n")
 @example("a: 'b\n\n  c'\n")
@@ -128,7 +129,7 @@ def test_what_is_read_at_all_is_read_as_pyyaml_reads_it(text: str) -> None:
     assert ours == by_pyyaml(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
 @given(st.text(max_size=200))
 def test_nothing_raises_anything_else(text: str) -> None:
     line = 1
