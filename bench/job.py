@@ -16,6 +16,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -177,6 +178,7 @@ class _Job:
         """0 after a whole sweep; the state says the same."""
         self._state.set()
         winsvc.contain_children()
+        stay_awake()
         beating = winsvc.start_thread("heartbeat", self._beat)
         code, error = 1, ""
         faults: list[str] = []
@@ -328,6 +330,21 @@ def put_back(folder: Path) -> int:
     for fault in faults:
         print(fault, file=sys.stderr)
     return 1 if faults else 0
+
+
+if sys.platform == "win32":
+
+    def stay_awake() -> None:
+        """Keep Windows from going to sleep while this thread lives; nobody has to touch a key."""
+        if not ctypes.windll.kernel32.SetThreadExecutionState(_CONTINUOUS | _SYSTEM_REQUIRED):
+            print("Windows may go to sleep: it does not want to be kept awake", file=sys.stderr)
+
+    _CONTINUOUS = 0x80000000  # winnt.h
+    _SYSTEM_REQUIRED = 1
+else:
+
+    def stay_awake() -> None:
+        """Elsewhere that is for who starts it."""
 
 
 # --- the task

@@ -532,9 +532,9 @@ pre {
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 8px 0; width: 100%; font-size: 14px; }
 caption { text-align: left; color: var(--soft); padding: 4px 0; }
-th, td { padding: 7px 10px; text-align: left; border-bottom: 1px solid var(--line); }
+th, td { padding: 7px 8px; text-align: left; border-bottom: 1px solid var(--line); }
 td { vertical-align: top; overflow-wrap: anywhere; min-width: 7ch; }
-td:first-child { min-width: 18ch; }
+td:first-child { min-width: 15ch; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; vertical-align: bottom; }
 tbody tr:hover { background: var(--card); }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -91,7 +91,7 @@ def watching(machine: Machine, silent_s: float = GIVE_UP_S) -> Watch:
 
 
 def test_a_start_whose_answer_was_lost_is_not_made_again(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, None, told("done"))
+    machine = Machine(tmp_path, None, None, told("done"))  # the task runs, the job said nothing yet
     machine.lost_starts = 1
     watch = watching(machine)
     assert watch.begin(is_again=False) is None

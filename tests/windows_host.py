@@ -14,7 +14,6 @@ import getpass
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +30,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 NAME = "sam-desktop"
 MARK = "SSH_SESSION_MARK"
 POLL_S = 0.05
+SIGKILL = 9  # mypy knows no name for it on Windows, where none of this runs
 
 
 class WindowsHost:
@@ -86,7 +86,7 @@ class WindowsHost:
             self._sshd.wait(10)
             for pid in sessions:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, SIGKILL)
         self._sshd = None
 
     def reboot(self) -> None:
@@ -165,7 +165,7 @@ def why_missing() -> str:
 @contextlib.contextmanager
 def running(folder: Path, windows: Wine) -> Iterator[WindowsHost]:
     """The host, on a Windows that runs; its sshd and all its sessions are ended in any case."""
-    if os.geteuid() == 0:
+    if getpass.getuser() == "root":
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd, started by root, wants it
     host = WindowsHost(folder, windows)
     try:
@@ -227,7 +227,7 @@ def _end_marked(mark: str) -> None:
     for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if f"{MARK}={mark}".encode() in file.read_bytes().split(b"\0"):
-                os.kill(int(file.parent.name), signal.SIGKILL)
+                os.kill(int(file.parent.name), SIGKILL)
 
 
 if __name__ == "__main__":
