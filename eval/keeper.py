@@ -19,7 +19,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -32,10 +32,8 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 FLAGS = ("-I", "-S", "-B", "-X", "utf8")  # alone with the standard library; prints anything
 START_S = 60.0  # for an interpreter to start on a machine that has much to do
@@ -75,6 +73,10 @@ def encoded(value: Any) -> Any:
     for kind, (plain_type, spelt, _) in KINDS.items():
         if isinstance(value, plain_type):
             return {kind: spelt(value)}
+    for name, module in NUMBERS.items():
+        number_type = getattr(sys.modules.get(module), name, None)
+        if number_type and isinstance(value, number_type):
+            return {name: str(value)}
     if isinstance(value, list):
         return _items(value)
     return {"iterator": _items(value)} if isinstance(value, Iterable) else {"opaque": ""}
@@ -93,6 +95,8 @@ def decoded(value: Any) -> Any:
         return Opaque()
     if kind == "iterator":
         return iter(decoded(content))
+    if kind in NUMBERS:
+        return getattr(importlib.import_module(NUMBERS[kind]), kind)(content)
     return KINDS[kind][2](content)
 
 
@@ -118,9 +122,8 @@ KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "bytes": (bytes, bytes.hex, bytes.fromhex),
     "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
     "complex": (complex, lambda value: [value.real, value.imag], lambda both: complex(*both)),
-    "decimal": (Decimal, str, Decimal),
-    "fraction": (Fraction, str, Fraction),
 }
+NUMBERS = {"Decimal": "decimal", "Fraction": "fractions"}  # imported only by who needs them
 
 
 def send(stream: IO[bytes], message: Mapping[str, Any]) -> None:
@@ -474,8 +477,7 @@ else:
                     count += sum(1 for _ in (task / "task").iterdir())
         return count
 
-    @dataclasses.dataclass(frozen=True)
-    class _Process:
+    class _Process(NamedTuple):  # a dataclass takes as long to import as Python to start
         pid: int
         parent: int
         group: int

@@ -490,6 +490,7 @@ def outcomes(programs: list[str]) -> list[str]:
         return [verdict.outcome for verdict in pool.map(run_program, programs)]
 
 
+@pytest.mark.timeout(600)
 def test_the_canonical_solutions_pass(problems: list[Problem]) -> None:
     """Half of them as the completion that they are, half as a chat says it."""
     programs = [humaneval.program_of(one, one.canonical_solution) for one in problems[::2]]
@@ -499,6 +500,7 @@ def test_the_canonical_solutions_pass(problems: list[Problem]) -> None:
     assert outcomes([program for program in programs if program]) == ["passed"] * 164
 
 
+@pytest.mark.timeout(600)
 def test_empty_bodies_fail(problems: list[Problem]) -> None:
     programs = [humaneval.assembled(one, "    pass\n") for one in problems]
     assert outcomes(programs) == ["failed"] * 164
