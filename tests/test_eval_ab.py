@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -263,6 +264,8 @@ class Scripted:
         self.failures: Counter[tuple[str, str]] = Counter()  # how often a role fails first
         self.is_biased = False
         self.is_mumbling = False
+        self.held = ""  # the role that gets no answer until `let_go`
+        self.let_go = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -284,6 +287,8 @@ class Scripted:
     def answer(self, body: Mapping[str, Any], flags: str) -> tuple[int, dict[str, Any]]:
         model, role = body["model"], role_of(body)
         self.asked.append((model, flags, role))
+        if role and role == self.held:
+            self.let_go.wait(60)
         if model == "unknown":
             return 404, {"error": {"message": "no such model", "code": "model_not_found"}}
         if self.failures[model, role] > 0:
@@ -447,6 +452,33 @@ def test_a_run_with_other_settings_is_refused(
     assert compare(server, tmp_path, "--model", "good", "--seed", "2", "--new-run") == 0
     assert len(list(tmp_path.glob("ab.good*.jsonl"))) == 2
     assert len(numbers(tmp_path, capsys)["sides"]) == 1, "what was set aside is not compared"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal only on POSIX")
+def test_ctrl_c_ends_it_at_once_and_says_how_to_go_on(server: Scripted, tmp_path: Path) -> None:
+    server.held = "reviewer"
+    words = ["--base-url", server.url, "--out", str(tmp_path), "--model", "good"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eval.ab", *words],
+        cwd=ROOT,
+        env=bare_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait_until(lambda: ("good", "", "reviewer") in server.asked, "the second question")
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    finally:
+        server.let_go.set()
+        process.kill()
+        process.wait()
+    assert process.returncode == ab.INTERRUPTED
+    assert b"the same command goes on with it" in told
+    assert b"Traceback" not in told
+    assert compare(server, tmp_path, "--model", "good") == 0
+    assert Counter(role for _, _, role in server.questions) == Counter([*ROLES, "reviewer"])
 
 
 def test_nobody_to_ask_and_nothing_to_report(capsys: pytest.CaptureFixture[str]) -> None:
