@@ -40,6 +40,7 @@ STOP_WORDS = {
 }
 FEWEST_STOP_WORDS = 5
 PROBE, DONE = "probe_of_the_check", "done"
+EMPTY = "empty"
 
 FENCE = re.compile(
     r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL
@@ -122,6 +123,8 @@ def refuse_bad(spec: Spec) -> None:
 def findings(specs: Sequence[Spec], reply: Reply, run: Runner | None = None) -> list[Finding]:
     """First whether there is a whole reply at all, then every check in its order.
 
+    An empty reply passes none.
+
     With `run`, checks of the kind `python_runs` execute what the model wrote.
     """
     return [_finished(reply), *(_finding(spec, reply, run) for spec in specs)]
@@ -132,13 +135,15 @@ def _finished(reply: Reply) -> Finding:
     if reply.finish_reason == "length":
         why = "cut off at the token limit"
     elif reply.is_empty:
-        why = "empty"
+        why = EMPTY
     return Finding("finished", "failed" if why else "passed", why)
 
 
 def _finding(spec: Spec, reply: Reply, run: Runner | None) -> Finding:
     label = spec["label"]
-    if spec["check"] != "python_runs":
+    if reply.is_empty:  # else it would pass all that asks for something to be left out
+        why = EMPTY
+    elif spec["check"] != "python_runs":
         why = KINDS[spec["check"]].find(spec, reply)
     elif run is None:
         return Finding(label, "skipped", "running model code is not allowed")
@@ -178,6 +183,8 @@ def _matches(spec: Spec, reply: Reply) -> str:
     """`pattern` is searched with re.MULTILINE; `at_least` is 1 unless given."""
     count = sum(1 for _ in re.finditer(spec["pattern"], reply.text, re.MULTILINE))
     least, most = spec.get("at_least", 1), spec.get("at_most")
+    if not count and least == 1:
+        return f"nothing matches {spec['pattern']}"
     if count < least:
         return f"{count} instead of {least} or more matches of {spec['pattern']}"
     if most is not None and count > most:
@@ -283,7 +290,9 @@ def _python(reply: Reply) -> tuple[ast.Module, str]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of "\d", which a model may well write
             module = ast.parse(code_of(reply.text, "python"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+    except SyntaxError as exc:
+        return ast.Module([], []), f"no Python: {shown(exc.msg)}, line {exc.lineno}"
+    except (ValueError, RecursionError, MemoryError) as exc:
         return ast.Module([], []), f"no Python: {shown(str(exc) or type(exc).__name__)}"
     return (module, "") if module.body else (module, "no code")
 

@@ -237,6 +237,21 @@ def read(folder: Path, prompts: Sequence[Prompt], run: Runner | None = None) -> 
     return Comparison(prompts, sides, rankings, _notes(prompts, sides))
 
 
+def same_replies(found: Comparison) -> list[str]:
+    """Where two sets of flags of one model, asked greedily, gave the very same text."""
+    lines = []
+    for first, second in combinations(found.sides, 2):
+        if first.contestant.model != second.contestant.model:
+            continue
+        both = [name for name in first.answers if name in second.answers]
+        same = sum(first.answers[name].text == second.answers[name].text for name in both)
+        lines.append(
+            f"{first.contestant} and {second.contestant} gave the same text {same} of "
+            f"{len(both)} times."
+        )
+    return lines
+
+
 CHECKS_NOTE = (
     "Of two replies to a prompt the one with the greater share of passed checks wins; as many "
     "is a tie."

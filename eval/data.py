@@ -170,7 +170,7 @@ class Source:
 
     def mmlu(self) -> Mmlu:
         path = self._mmlu_path()
-        found = Mmlu(*(_subjects(path, part) for part in ("test", "dev")))
+        found = _read_mmlu(path)
         _check_mmlu(path, found)
         return found
 
@@ -313,14 +313,13 @@ def _check_mmlu(path: Path, found: Mmlu) -> None:
             )
 
 
-def _subjects(path: Path, part: str) -> dict[str, list[Choice]]:
-    """`part` is test or dev. Raises DataError."""
-    found = {}
+def _read_mmlu(path: Path) -> Mmlu:
+    """Raises DataError."""
+    found: dict[str, dict[str, list[Choice]]] = {"test": {}, "dev": {}}
     for name, data in _csv_files(path):
-        match = MMLU_MEMBER.fullmatch(name)
-        if match and match[1] == part:
-            found[match[2]] = read_choices(match[2], data, f"{path}: {name}")
-    return dict(sorted(found.items()))
+        if match := MMLU_MEMBER.fullmatch(name):
+            found[match[1]][match[2]] = read_choices(match[2], data, f"{path}: {name}")
+    return Mmlu(*(dict(sorted(found[part].items())) for part in ("test", "dev")))
 
 
 def _csv_files(path: Path) -> Iterator[tuple[str, bytes]]:

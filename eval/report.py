@@ -64,8 +64,15 @@ class Run:
             if record["outcome"] not in (ERROR, UNSCORED)
         }
 
+    @property
+    def is_scored(self) -> bool:
+        """Not before all programs were run: what is left without one is no fair draw."""
+        return bool(self.summary.scored) and not self.summary.unscored
+
     def rate(self, outcome: str) -> float:
-        return self.summary.outcomes[outcome] / max(1, self.summary.scored)
+        """Of all replies."""
+        replies = self.summary.scored + self.summary.unscored
+        return self.summary.outcomes[outcome] / max(1, replies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +178,10 @@ def _notes(run: Run) -> list[str]:
             "They count neither as right nor as wrong."
         )
     if one.unscored:
-        notes.append(f"{run.label}: {one.unscored} programs were not run yet.")
+        notes.append(
+            f"{run.label}: {one.unscored} programs were not run yet, so it has no score: eval.run "
+            "with --allow-code-execution runs them."
+        )
     for outcome, words in (
         (TRUNCATED, "cut off by the budget of tokens"),
         (NO_ANSWER, "without an answer that could be read"),
@@ -190,7 +200,8 @@ def _notes(run: Run) -> list[str]:
 
 def duels(runs: Sequence[Run]) -> list[Duel]:
     """Every two, over the questions that both answered; p corrected over all of them."""
-    counted = [_counted(first, second) for first, second in combinations(runs, 2)]
+    scored = [run for run in runs if run.is_scored]
+    counted = [_counted(first, second) for first, second in combinations(scored, 2)]
     corrected = stats.holm([duel.p for duel in counted])
     return [
         dataclasses.replace(duel, p_holm=p_holm)
@@ -244,18 +255,16 @@ def score_row(run: Run) -> list[page.Cell]:
     return [
         run.label,
         f"{one.scored} of {one.questions}",
-        *(percent(count, one.scored) for count in counts),
+        *(percent(count, one.scored) if run.is_scored else "" for count in counts),
         *(f"{100 * run.rate(name):.0f} %" for name in (TRUNCATED, NO_ANSWER, EMPTY)),
         str(one.predicted_n),
-        one.predicted_n / max(1, one.scored),
+        one.predicted_n / max(1, one.scored + one.unscored),
         duration(one.wall_s),
     ]
 
 
 def percent(count: int, total: int) -> str:
     """24.0 % [14.3, 37.4]."""
-    if not total:
-        return ""
     interval = stats.wilson(count, total)
     return f"{100 * count / total:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
@@ -346,6 +355,8 @@ def _scores_chart(group: Group) -> Markup:
 
 def _dots(run: Run) -> list[Dot]:
     one = run.summary
+    if not run.is_scored:
+        return [Dot(run.label, "not scored yet")]
     if not one.extra:
         return [_dot(run.label, one.correct, one.scored)]
     return [
@@ -354,8 +365,6 @@ def _dots(run: Run) -> list[Dot]:
 
 
 def _dot(label: str, count: int, total: int) -> Dot:
-    if not total:
-        return Dot(label, "nothing scored")
     interval = stats.wilson(count, total)
     value = Value(
         100 * count / total, 100 * interval.low, 100 * interval.high, percent(count, total)

@@ -13,7 +13,7 @@ from bench import page
 from bench.page import Column, Dot, Markup, Value, badge, tag
 from eval import judge, stats
 from eval.checks import Finding
-from eval.comparison import TRUNCATED, Answered, Comparison, Duel, Ranking, Side
+from eval.comparison import TRUNCATED, Answered, Comparison, Duel, Ranking, Side, same_replies
 from eval.roles import Prompt
 
 TITLE = "Replies side by side"
@@ -28,6 +28,7 @@ def page_of(found: Comparison) -> str:
         *(page.note(note, is_warning=True) for note in found.notes),
         page.heading("Contestants"),
         page.table(SIDE_COLUMNS, _side_rows(found)),
+        *(page.note(line) for line in same_replies(found)),
         *(part for ranking in found.rankings for part in _ranking(ranking, found)),
         page.heading("Replies"),
         _toolbar(found),
@@ -41,10 +42,11 @@ def markdown_of(found: Comparison) -> str:
     parts = [f"# {TITLE}\n", f"{_lead(found)}\n"]
     parts += [f"> {note}\n" for note in found.notes]
     parts.append(page.markdown_table(SIDE_COLUMNS, _side_rows(found)))
+    parts += [f"{line}\n" for line in same_replies(found)]
     for ranking in found.rankings:
+        parts += [f"## {ranking.source}\n", f"{ranking.note}\n"]
         if not ranking.games:
             continue
-        parts += [f"## {ranking.source}\n", f"{ranking.note}\n"]
         parts.append(page.markdown_table(RATING_COLUMNS, _rating_rows(ranking, found)))
         parts.append("".join(f"- {line}\n" for line in _duel_lines(ranking, found)))
     columns = [Column("prompt"), *(Column(name, is_number=True) for name in _names(found))]
@@ -134,7 +136,7 @@ def _by_slug(found: Comparison) -> dict[str, str]:
 
 def _ranking(ranking: Ranking, found: Comparison) -> list[Markup]:
     if not ranking.games:
-        return [page.heading(ranking.source), page.note(ranking.note)] if ranking.note else []
+        return [page.heading(ranking.source), page.note(ranking.note)]
     names = _by_slug(found)
     dots = [
         Dot(

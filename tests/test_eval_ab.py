@@ -25,14 +25,12 @@ from eval.contestant import Contestant
 from eval.judge import Entry, Habits, Pair, rulings, verdict
 from eval.stats import Game
 from tests import real_parts
-from tests.browser import browser, opened
+from tests.browser import opened
 from tests.daemon import ROOT, Daemon, bare_environment, free_port_range, started_daemon, wait_until
 from tests.test_eval_checks import ROLES, golden
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-
-__all__ = ["browser"]  # a fixture
 
 CODER, REVIEWER = roles.load()[:2]
 LONG, SHORT = Contestant("long"), Contestant("short")
@@ -257,12 +255,14 @@ def role_of(body: Mapping[str, Any]) -> str:
 
 class Scripted:
     """Speaks OpenAI's protocol. The models `good` and `bad` give the golden replies, and
-    `judge` prefers the reply that holds more text, unless it `is_biased`: then seat A."""
+    `judge` prefers the reply that holds more text, unless it `is_biased`: then seat A.
+    One that `is_mumbling` gives no verdict."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, str]] = []  # model, flags, role (or "", a greeting)
         self.failures: Counter[tuple[str, str]] = Counter()  # how often a role fails first
         self.is_biased = False
+        self.is_mumbling = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -295,7 +295,7 @@ class Scripted:
 
     def _judged(self, text: str) -> str:
         seats = dict(re.findall(r"=== REPLY (.) \S+ ===\n(.*?)\n=== END OF REPLY", text, re.DOTALL))
-        if not seats:
+        if not seats or self.is_mumbling:
             return "Hello"
         is_a = self.is_biased or len(seats["A"]) > len(seats["B"])
         return json.dumps({"reason": "longer", "winner": "A" if is_a else "B"})
@@ -385,12 +385,13 @@ def only(folder: Path, *names: str) -> Path:
 
 
 def test_two_sets_of_flags_of_one_model_are_two_contestants(
-    server: Scripted, tmp_path: Path
+    server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = "--cache-type-k q8_0"
     assert compare(server, tmp_path, "--contestant", "good", "--contestant", f"good {flags}") == 0
     assert {asked[:2] for asked in server.asked} == {("good", ""), ("good", flags)}
     assert len(list(tmp_path.glob("ab.*.jsonl"))) == 2
+    assert f"good and good {flags} gave the same text 14 of 14 times." in capsys.readouterr().out
 
 
 def test_what_failed_is_asked_again_and_nothing_else(
@@ -479,6 +480,17 @@ def numbers_of_judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[d
     assert ab.main(["--out", str(folder), "--json", "--prompts", prompts]) == 0
     rankings = json.loads(capsys.readouterr().out)["rankings"]
     return [ranking for ranking in rankings if ranking["source"].startswith("Judge")]
+
+
+def test_a_judge_that_says_nothing_readable_is_told_of_too(
+    server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ("--models", "good,bad", "--prompts", str(only(tmp_path, "sql")))
+    assert compare(server, tmp_path / "out", *chosen) == 0
+    server.is_mumbling = True
+    assert compare(server, tmp_path / "out", *chosen, "--judge", "judge") == 0
+    said = capsys.readouterr().out
+    assert "1 pairs judged in both orders, 1 of them without a readable verdict" in said
 
 
 def test_a_judge_is_not_shown_its_own_replies(

@@ -39,12 +39,12 @@ Settings = Mapping[str, Any]
         ("lacks", {"text": "abc"}, "ABC", "abc"),
         ("matches", {"pattern": "^b"}, "a\nb", "ab"),
         ("matches", {"pattern": "a", "at_least": 2, "at_most": 3}, "aaa", "a"),
-        ("matches", {"pattern": "a", "at_least": 0, "at_most": 1}, "", "aa"),
+        ("matches", {"pattern": "a", "at_least": 0, "at_most": 1}, "b", "aa"),
         ("lacks_match", {"pattern": "^b"}, "ab", "a\nb"),
         ("only_of", {"pattern": r"--\w+", "allowed": ["--a"]}, "--a and --a", "--a --b"),
         ("in_order", {"texts": ["a", "b", "a"]}, "abba", "aab"),
         ("words", {"min": 2, "max": 3}, "one two", "one"),
-        ("words", {"max": 3}, "", "1 2 3 4"),
+        ("words", {"max": 3}, "1", "1 2 3 4"),
         ("bullets", {"min": 2, "max": 2}, "- a\nno\n2. b", "- a\n-b"),
         ("code_lines", {"max": 1}, "text\n```\none\n\n```", "```\none\ntwo\n```"),
         ("language", {"is": "de"}, GERMAN, ENGLISH),
@@ -90,7 +90,7 @@ Settings = Mapping[str, Any]
             (CALL,),
             (ToolCall("run", "{}"),),
         ),
-        ("no_text", {}, "", "a"),
+        ("no_text", {}, (CALL,), "a"),
         ("no_text", {"max_words": 1}, "a", "a b"),
     ],
 )
@@ -144,6 +144,12 @@ def test_a_statement_can_do_no_harm(
 def test_first_comes_whether_there_is_a_whole_reply(reply: Reply, state: str) -> None:
     (found,) = findings([], reply)
     assert (found.label, found.state) == ("finished", state)
+
+
+def test_an_empty_reply_passes_nothing() -> None:
+    for prompt in roles.load():
+        found = findings(prompt.checks, Reply(" \n"))
+        assert {finding.state for finding in found} == {"failed"}
 
 
 @pytest.mark.parametrize(

@@ -260,8 +260,8 @@ def test_only_the_questions_of_an_archive_are_read(tmp_path: Path) -> None:
         "data/possibly_contaminated_urls.txt": b"x",
     }
     path = archive_of(tmp_path, members)
-    assert list(data._subjects(path, "test")) == ["bare", "good"]
-    assert list(data._subjects(path, "dev")) == ["good"]
+    found = data._read_mmlu(path)
+    assert (list(found.test), list(found.dev)) == (["bare", "good"], ["good"])
     assert names(tmp_path) == ["data.tar"]
 
 
@@ -269,11 +269,11 @@ def test_only_the_questions_of_an_archive_are_read(tmp_path: Path) -> None:
 def test_an_archive_that_points_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     path = archive_of(tmp_path, {"data/test/good_test.csv": LETTERED, name: LETTERED})
     with pytest.raises(DataError, match="a member with the path"):
-        data._subjects(path, "test")
+        data._read_mmlu(path)
 
 
 def test_what_is_no_archive_is_an_error_in_words(tmp_path: Path) -> None:
     path = tmp_path / "data.tar"
     path.write_bytes(os.urandom(2000))
     with pytest.raises(DataError, match="cannot be read as an archive"):
-        data._subjects(path, "test")
+        data._read_mmlu(path)

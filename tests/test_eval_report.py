@@ -14,12 +14,10 @@ from eval import report
 from eval.contestant import Contestant
 from eval.report import Group
 from eval.results import file_of, read_folders
-from tests.browser import browser, opened
+from tests.browser import opened
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
-
-__all__ = ["browser"]  # a fixture
 
 RIGHT, WRONG = "correct", "wrong"
 
@@ -151,15 +149,26 @@ def test_other_settings_are_compared_but_named(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_says_so_and_counts_what_is_there(tmp_path: Path) -> None:
-    run_in(tmp_path, A, [RIGHT, WRONG, "error", "unscored"], task="humaneval", asked=10)
-    run_in(tmp_path, B, [RIGHT] * 10, task="humaneval")
+    run_in(tmp_path, A, [RIGHT, WRONG, "error"], asked=10)
+    run_in(tmp_path, B, [RIGHT] * 10)
     (group,) = groups(tmp_path)
     assert group.duels[0].both == 2
     told = "\n".join(group.notes)
-    assert "alpha is not finished: 4 of 10 questions asked." in told
+    assert "alpha is not finished: 3 of 10 questions asked." in told
     assert "alpha: 1 questions have no reply" in told
-    assert "alpha: 1 programs were not run yet." in told
     assert report.score_row(group.runs[0])[1:3] == ["2 of 10", "50.0 % [9.5, 90.5]"]
+
+
+def test_before_its_programs_were_run_a_contestant_has_no_score(tmp_path: Path) -> None:
+    """Else only the replies without a program would count, none of which is right."""
+    run_in(tmp_path, A, ["truncated", "no_answer"] + ["unscored"] * 18, task="humaneval")
+    run_in(tmp_path, B, [RIGHT] * 20, task="humaneval")
+    (group,) = groups(tmp_path)
+    assert group.duels == []
+    row = report.score_row(group.runs[0])
+    assert row[1:5] == ["2 of 20", "", "5 %", "5 %"]
+    assert "alpha: 18 programs were not run yet, so it has no score" in group.notes[0]
+    assert "not scored yet" in report.page_of([group])
 
 
 def test_a_torn_end_and_a_run_that_has_not_begun_do_not_matter(tmp_path: Path) -> None:
@@ -168,7 +177,7 @@ def test_a_torn_end_and_a_run_that_has_not_begun_do_not_matter(tmp_path: Path) -
         file.write(b'{"id": "mmlu/0", "outco')
     (group,) = groups(tmp_path)
     assert report.score_row(group.runs[0])[1] == "0 of 10"
-    assert "nothing scored" in report.page_of([group])
+    assert "not scored yet" in report.page_of([group])
 
 
 def test_one_contestant_in_two_folders_is_told_apart(tmp_path: Path) -> None:

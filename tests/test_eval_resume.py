@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import subprocess
 import sys
@@ -129,6 +130,7 @@ class Killer:
         return self.process.returncode != 0
 
 
+@functools.cache
 def ids_by_text(task: str) -> dict[str, str]:
     questions = tasks.load(task, Source(DATA), SEED, QUESTIONS).questions
     return {question.messages[-1]["content"]: question.id for question in questions}
