@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from eval import keeper
 RUNNER_VERSION = 1  # raised with every change that may change a verdict
 TIMEOUT_S = 10.0
 MEMORY_BYTES = 1 << 30
+LINGER_S = 2.0
 ENDING_S = keeper.ENDING_S + 5.0
 KEEPER = Path(keeper.__file__).resolve()
 CHECK_MARK = "# --- the check, which runs apart from all above; of "
@@ -200,6 +202,15 @@ if sys.platform == "win32":
     def _apart() -> dict[str, Any]:
         return {"creationflags": subprocess.DETACHED_PROCESS}
 
+    def _has_others(job: winsvc.LimitedJob) -> bool:
+        """Blocks for a moment: a program that ended just now is counted, and its console."""
+        deadline = time.monotonic() + LINGER_S
+        while job.active_processes() > 2:
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.05)
+        return False
+
     @contextlib.contextmanager
     def _contained(
         process: subprocess.Popen[bytes], memory_bytes: int
@@ -211,7 +222,7 @@ if sys.platform == "win32":
         job = winsvc.LimitedJob(memory_bytes, keeper.MOST_PROCESSES)
         try:
             job.add(process)
-            yield lambda: job.active_processes() > 2
+            yield lambda: _has_others(job)
         finally:
             job.close()
 

@@ -34,6 +34,7 @@ REASONS = {
     "test_eval_execution.py::test_empty_bodies_fail": _SLOW,
     "test_eval_execution.py::test_the_memory_of_all_its_processes_counts": _LIMITS,
     "test_eval_execution.py::test_who_takes_too_much_fails[fills the disk with one file]": _LIMITS,
+    "test_eval_execution.py::test_who_takes_too_much_fails[nests folders]": _LIMITS,
     "test_eval_execution.py::test_who_takes_too_much_fails[takes memory]": _LIMITS,
     "test_eval_execution.py::test_who_takes_too_much_fails[starts threads]": _LIMITS,
     "test_winsvc.py::test_a_child_gets_a_null_input_a_session_one_pipe_and_nothing_else_of_ours": (

@@ -148,7 +148,8 @@ def test_the_program_has_an_environment_folder_and_input_of_its_own(is_apart: bo
     check = """if True:
         cwd, names, path, is_isolated, said = same(1)
         assert "eval-" in cwd, cwd
-        assert set(names) <= {"LC_CTYPE", "SYSTEMROOT"}, names
+        ours = [name for name in names if not name.startswith("WINE")]
+        assert set(ours) <= {"LC_CTYPE", "SYSTEMROOT", "SYSTEMDRIVE"}, names
         assert not [entry for entry in path if "site-packages" in entry or entry == ""], path
         assert (is_isolated, said) == (1, "")
     """
@@ -307,8 +308,9 @@ def held_by(folder: Path) -> Iterator[str]:
     file = folder / "held"
     file.touch()
     yield f"import fcntl\nheld = open({str(file)!r}, 'w')\nfcntl.flock(held, fcntl.LOCK_EX)\n"
-    with file.open("w") as again:
-        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if sys.platform != "win32":
+        with file.open("w") as again:
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize("solution", SYSTEM_TRICKS.values(), ids=SYSTEM_TRICKS)
