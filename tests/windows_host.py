@@ -96,6 +96,9 @@ class WindowsHost:
         if self._scheduler is not None:
             self._scheduler.wait(30)
         self._start_scheduler("boot")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # Wine's desktop, which its first program starts, would else be a session's to end.
+            self.windows.run(["cmd", "/c", "ver"])
         self.connect()
 
     def environment(self) -> dict[str, str]:
