@@ -303,14 +303,22 @@ SYSTEM_TRICKS = {
 def held_by(folder: Path) -> Iterator[str]:
     """Words of a program that hold a lock as long as it lives, or anything that it forked.
 
-    At the end nobody may hold it any more: unlike a list of processes, that misses none.
+    Soon nobody may hold it any more: unlike a list of processes, that misses none. (Not at
+    once: where the keeper is dead, the system ends the program in its own time.)
     """
     file = folder / "held"
     file.touch()
     yield f"import fcntl\nheld = open({str(file)!r}, 'w')\nfcntl.flock(held, fcntl.LOCK_EX)\n"
     if sys.platform != "win32":
-        with file.open("w") as again:
+        wait_until(lambda: is_free(file), "all that hold the lock are gone")
+
+
+def is_free(file: Path) -> bool:
+    if sys.platform != "win32":
+        with file.open("w") as again, contextlib.suppress(BlockingIOError):
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 @pytest.mark.parametrize("solution", SYSTEM_TRICKS.values(), ids=SYSTEM_TRICKS)
