@@ -433,8 +433,7 @@ def test_a_program_ends_with_who_asked_for_it(tmp_path: Path) -> None:
         asking.wait()
     for pid in program:
         wait_until(lambda: not is_alive(pid), "it is gone", 60)  # noqa: B023 - called at once
-    for folder in tmp_path.glob("eval-*"):
-        folder.rmdir()  # nobody was left to do so
+    wait_until(lambda: not list(tmp_path.glob("eval-*")), "its folder is gone", 60)
 
 
 def test_several_at_once_do_not_touch_each_other() -> None:
