@@ -186,6 +186,8 @@ def _remove(folder: str) -> None:
     """Also what is nested too deep for Python's own way, or locked; no error if it stays."""
     try:
         shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass  # the keeper has done so
     except (OSError, RecursionError):
         if sys.platform != "win32":
             for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):

@@ -13,14 +13,13 @@ from eval.data import GSM8K, Source
 from eval.task import CORRECT, WRONG, Grade, Question, Reply, sample
 
 NAME = "gsm8k"
-PROMPT_VERSION = "gsm8k-chat-1"
+PROMPT_VERSION = "gsm8k-chat-2"
 GRADER_VERSION = "gsm8k-1"
 DEFAULT_LIMIT = 50
 
 PROMPT = """\
 Solve this problem step by step. Then end with one last line that holds nothing but #### \
-and the answer as a plain number, like this:
-#### 7
+and the answer as a plain number.
 
 Problem: {question}"""
 

@@ -369,6 +369,8 @@ def be_keeper() -> int:
             messages.get()
     finally:
         keeper.end()
+        with contextlib.suppress(OSError):
+            Path(job["folder"]).rmdir()  # who asked may be dead; a full one is left to them
     return 0
 
 

@@ -27,6 +27,9 @@ REASONS = {
     "test_bench_journal.py::test_on_a_full_disk_nothing_half_is_left": (
         "Windows has no limit on the size of a file"
     ),
+    "test_eval_execution.py::test_an_honest_program_passes[it runs another program]": (
+        "Wine may start one of its own beside it, which stays"
+    ),
     "test_eval_execution.py::test_a_program_ends_with_who_asked_for_it": _PROC,
     "test_eval_execution.py::test_a_trick_with_the_system_fails": _SIGNALS,
     "test_eval_execution.py::test_it_fails_too_where_there_are_no_namespaces": _SIGNALS,
