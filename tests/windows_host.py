@@ -96,9 +96,6 @@ class WindowsHost:
         if self._scheduler is not None:
             self._scheduler.wait(30)
         self._start_scheduler("boot")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            # Wine's desktop, which its first program starts, would else be a session's to end.
-            self.windows.run(["cmd", "/c", "ver"])
         self.connect()
 
     def environment(self) -> dict[str, str]:
@@ -152,6 +149,9 @@ class WindowsHost:
             "StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             f"PermitRootLogin yes\nSubsystem sftp {SFTP_SERVER}\nForceCommand {session}\n"
             "MaxStartups 50\n"
+            # The account's own shell starts the session; with this it leaves its .bashrc alone,
+            # which may take long, and would be killed with the session, whatever it holds.
+            "SetEnv SHLVL=1\n"
         )
         self.config.write_text(
             f"Host {NAME}\n  HostName 127.0.0.1\n  Port {self._port}\n"
