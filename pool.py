@@ -322,7 +322,8 @@ class Ticket:
 
     spec: SidecarSpec
     is_pinned: bool
-    arrived: float
+    arrived: float  # monotonic, as the next
+    fair_at: float  # from then on others give way; one number, for who waits and who decides
     is_exact: bool = False  # only a sidecar of this very spec will do
     start_kind: str = "reused"
     sidecar: Sidecar | None = None
@@ -399,7 +400,8 @@ class Pool:
         Raises LoadFailed or LoadTimeout if the child cannot start, PoolBusy after
         `timeout_s`, QueueFull, PoolClosed, or WaitCancelled.
         """
-        ticket = Ticket(spec, pinned, time.monotonic(), exact)
+        now = time.monotonic()
+        ticket = Ticket(spec, pinned, now, now + self.config.fair_wait_s, exact)
         with self._changed:
             self._check_open_locked()
             sidecar = self._serving_locked(ticket)
@@ -608,7 +610,7 @@ class Pool:
 
     def _is_overdue_locked(self, ticket: Ticket) -> bool:
         """Whether it has waited its fair time, and no sidecar is there for it yet."""
-        has_waited = time.monotonic() - ticket.arrived >= self.config.fair_wait_s
+        has_waited = time.monotonic() >= ticket.fair_at
         return has_waited and not ticket.is_settled and not self._serving_locked(ticket)
 
     def _has_room_locked(self) -> bool:
@@ -622,7 +624,7 @@ class Pool:
         victim = self._victim_locked()
         now = time.monotonic()
         is_spared = victim and victim.step_until > now
-        return None if is_spared and now - ticket.arrived < self.config.fair_wait_s else victim
+        return None if is_spared and now < ticket.fair_at else victim
 
     def _victim_locked(self) -> Sidecar | None:
         """The least recently used READY sidecar that nobody holds and nobody pinned.
@@ -639,7 +641,7 @@ class Pool:
 
     def _drain_for_locked(self, ticket: Ticket) -> None:
         """Once a request has waited its fair time, let one busy sidecar run dry for it."""
-        if time.monotonic() - ticket.arrived < self.config.fair_wait_s:
+        if time.monotonic() < ticket.fair_at:
             return
         busy = [
             s
@@ -708,33 +710,33 @@ class Pool:
 
     def _wait(self, ticket: Ticket, timeout_s: float) -> Lease:
         deadline = ticket.arrived + timeout_s
+        decided_at = ticket.arrived
         while True:
             with self._changed:
-                self._wait_for_chance_locked(ticket, deadline)
+                self._wait_for_chance_locked(ticket, deadline, decided_at)
                 if not ticket.is_settled and time.monotonic() >= deadline:
                     ticket.error = self._too_long_locked(ticket, timeout_s)
                 if ticket.is_settled:
                     return self._settled_locked(ticket)
+                decided_at = time.monotonic()
                 actions = self._decide_locked()
             _run(actions)
 
-    def _wait_for_chance_locked(self, ticket: Ticket, deadline: float) -> None:
+    def _wait_for_chance_locked(self, ticket: Ticket, deadline: float, decided_at: float) -> None:
         """Return once the ticket is settled, or time alone may have changed what can be decided.
 
         When that will be can change meanwhile: a release may begin a step's time.
         """
-        now = time.monotonic()
-        until = min(deadline, self._next_chance_locked(ticket, now))
+        until = min(deadline, self._next_chance_locked(ticket, decided_at))
         self._changed.wait_for(
-            lambda: ticket.is_settled or self._next_chance_locked(ticket, now) < until,
-            max(0.0, until - now),
+            lambda: ticket.is_settled or self._next_chance_locked(ticket, decided_at) < until,
+            max(0.0, until - time.monotonic()),
         )
 
-    def _next_chance_locked(self, ticket: Ticket, now: float) -> float:
-        """When time alone may change what can be decided for the ticket."""
-        times = [ticket.arrived + self.config.fair_wait_s]
-        times += [s.step_until for s in self._sidecars.values()]
-        return min((moment for moment in times if moment > now), default=math.inf)
+    def _next_chance_locked(self, ticket: Ticket, decided_at: float) -> float:
+        """When time alone may change what was decided for the ticket; that may be past by now."""
+        times = [ticket.fair_at, *(s.step_until for s in self._sidecars.values())]
+        return min((moment for moment in times if moment > decided_at), default=math.inf)
 
     def _leave_queue(self, ticket: Ticket) -> None:
         """A wait is over, however it ended: take back what nobody will use."""

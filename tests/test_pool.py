@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import socket
 import sys
@@ -749,7 +750,7 @@ def test_a_larger_one_that_need_not_run_dry_any_more_takes_smaller_work_again(
 def test_who_waits_for_one_that_runs_dry_is_not_told_that_it_loads(tmp_path: Path) -> None:
     with bench_in(tmp_path) as bench, bench.lease("m") as lease:
         lease.sidecar.is_draining = True
-        waiting = pool.Ticket(bench.spec("m"), False, time.monotonic())
+        waiting = pool.Ticket(bench.spec("m"), False, time.monotonic(), math.inf)
         assert bench.pool.progress(waiting).startswith("waiting for a place, 0 ahead")
 
 
