@@ -91,6 +91,7 @@ SERVICE_STOP_S: Final = 60.0
 LOG_FILE_BYTES: Final = 10 * 1024 * 1024
 LOG_RETRY_S: Final = 60.0  # after a try to rename it that failed
 MAX_LINES_WAITING: Final = 1000  # to be written; whoever brings more waits
+MOST_WRITINGS: Final = 4  # of others' log lines, before a client's thread goes on
 LOG_FILES_KEPT: Final = 3  # besides the one that is written
 LINGER_S: Final = 1.0  # what is in flight is read so long, so that a refusal arrives
 LINGER_BYTES: Final = 4 * 1024 * 1024
@@ -2336,15 +2337,39 @@ class _Lines(logging.Handler):
         self.flush()
 
     def flush(self) -> None:
-        """Have all lines written, by us or by who writes now; waits where too many wait already."""
-        while self._lines and self._writing.acquire(blocking=len(self._lines) > MAX_LINES_WAITING):
-            try:
-                lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        """Have all lines written, by us or by who writes now; waits where too many wait already.
+
+        Whoever wrote for others often enough goes on with its own work: a thread of its own
+        writes as long as lines keep coming.
+        """
+        for _ in range(MOST_WRITINGS):
+            if not self._write(is_waiting=len(self._lines) > MAX_LINES_WAITING):
+                return
+        if self._lines:
+            winsvc.start_thread("log", self._write_all)
+
+    def close(self) -> None:
+        """Write what is left; waits for who writes now."""
+        self._write(is_waiting=True)
+        super().close()
+
+    def _write_all(self) -> None:
+        while self._write(is_waiting=False):
+            pass
+
+    def _write(self, *, is_waiting: bool) -> bool:
+        """Write the lines that there are, unless somebody does; whether we did."""
+        if not self._lines or not self._writing.acquire(blocking=is_waiting):
+            return False
+        try:
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            if lines:  # who waited may find that all were written meanwhile
                 self._written.msg = "\n".join(lines)
                 for writer in self._writers:
                     writer.handle(self._written)
-            finally:
-                self._writing.release()
+        finally:
+            self._writing.release()
+        return True
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):

@@ -312,6 +312,24 @@ def test_nobody_waits_for_the_line_that_another_writes() -> None:
 PIPE_BYTES = 1 << 20  # more than any pipe holds
 
 
+def test_nobody_writes_for_others_for_ever() -> None:
+    """While each written line brings another, whoever began with it can go on with its work."""
+    writers: list[str] = []
+
+    class Busy(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            writers.append(threading.current_thread().name)
+            if len(writers) < 50:
+                lines._lines.append("somebody's")
+
+    lines = llama_sidecar._Lines([Busy()])
+    lines.setFormatter(llama_sidecar._OneLine())
+    lines.handle(logging.makeLogRecord({"msg": "ours"}))
+    wait_until(lambda: len(writers) == 50, "all lines are written")
+    ours = threading.current_thread().name
+    assert writers == [ours] * 4 + ["log"] * 46
+
+
 def test_a_file_is_looked_at_again_after_a_while_and_each_time_if_it_is_missing(
     tmp_path: Path,
 ) -> None:
