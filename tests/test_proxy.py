@@ -352,7 +352,12 @@ def test_a_connection_to_the_child_is_used_again(daemon: Daemon) -> None:
 
 
 def test_after_a_stream_the_connection_to_the_child_is_used_again(daemon: Daemon) -> None:
+    def is_idle() -> bool:  # a client has its answer a moment before its connection is put back
+        return not any(row["in_flight"] for row in daemon.sidecars())
+
+    wait_until(is_idle, "every connection of the tests before is put back")
     first = json.loads(daemon.chat("plain", stream=True)[2].split(b"\n\n")[0][6:])
+    wait_until(is_idle, "the stream's connection is put back")
     assert daemon.chat("plain")[2]["echo"]["connection"] == first["echo"]["connection"]
 
 
