@@ -346,24 +346,28 @@ def test_the_longest_agent_id_is_taken(isolating: Daemon) -> None:
 # --- connections to the child
 
 
+def chat_when_idle(daemon: Daemon, model: str, *, stream: bool = False) -> tuple[int, Any, Any]:
+    """A client has its answer a moment before its connection to the child is put back."""
+    wait_until(
+        lambda: not any(row["in_flight"] for row in daemon.sidecars()), "nothing is in flight"
+    )
+    return daemon.chat(model, stream=stream)
+
+
 def test_a_connection_to_the_child_is_used_again(daemon: Daemon) -> None:
-    ids = [daemon.chat("plain")[2]["echo"]["connection"] for _ in range(4)]
+    ids = [chat_when_idle(daemon, "plain")[2]["echo"]["connection"] for _ in range(4)]
     assert len(set(ids)) == 1
 
 
 def test_after_a_stream_the_connection_to_the_child_is_used_again(daemon: Daemon) -> None:
-    def is_idle() -> bool:  # a client has its answer a moment before its connection is put back
-        return not any(row["in_flight"] for row in daemon.sidecars())
-
-    wait_until(is_idle, "every connection of the tests before is put back")
-    first = json.loads(daemon.chat("plain", stream=True)[2].split(b"\n\n")[0][6:])
-    wait_until(is_idle, "the stream's connection is put back")
-    assert daemon.chat("plain")[2]["echo"]["connection"] == first["echo"]["connection"]
+    events = chat_when_idle(daemon, "plain", stream=True)[2]
+    first = json.loads(events.split(b"\n\n")[0][6:])["echo"]["connection"]
+    assert chat_when_idle(daemon, "plain")[2]["echo"]["connection"] == first
 
 
 @pytest.mark.parametrize("model", ["one-shot", "three-shot", "closing"])
 def test_a_kept_connection_gone_stale_is_replaced_unseen(daemon: Daemon, model: str) -> None:
-    answers = [daemon.chat(model) for _ in range(7)]
+    answers = [chat_when_idle(daemon, model) for _ in range(7)]
     assert [status for status, _, _ in answers] == [200] * 7
     posts = [row for row in daemon.events(model, "request") if row["method"] == "POST"]
     assert len(posts) == 7, "a request was sent to the child twice"
