@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 
 from bench import journal
 from bench.progress import Progress
-from eval import checks, comparison, judge, roles, side_by_side, votes
+from eval import checks, comparison, judge, options, roles, side_by_side, votes
 from eval import contestant as contestants
 from eval.client import Answer, AskError, Client, greedy
 from eval.comparison import EMPTY, ERROR, OK, TRUNCATED, Comparison
@@ -31,7 +30,6 @@ from eval.execution import run_program
 from eval.judge import Pair
 from eval.roles import Prompt
 
-DEFAULT_URL = "http://127.0.0.1:8402"
 DEFAULT_OUT = Path("eval-ab")
 TOKENS_TO_THINK = 4096  # added to each budget with --thinking on
 RETRY_PAUSE_S = 1.0  # and then twice, three times as long
@@ -49,18 +47,8 @@ class AbError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    base_url: str
-    out: Path
-    seed: int
-    thinking: str  # "on", "off", or "" for what the model does by itself
+class Settings(options.Asking):
     more_tokens: int
-    tries: int
-    timeout_s: float
-    api_key: str
-    is_new_run: bool
-    is_repair: bool
-    is_json: bool
 
     @property
     def kwargs(self) -> Record:
@@ -89,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = contestants.chosen(args) if _names_somebody(args) else []
         settings = _settings(args)
-        Client(settings.base_url)
+        settings.client()
     except ValueError as exc:
         parser.error(str(exc))
     if not chosen and not list(settings.out.glob(f"{comparison.TASK}.*.jsonl")):
@@ -135,27 +123,13 @@ def _parser() -> argparse.ArgumentParser:
         "where it was interrupted; without contestants it only writes the report anew.",
     )
     contestants.add_arguments(parser)
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--base-url",
-        default=DEFAULT_URL,
-        help="the daemon, or any server that speaks OpenAI's protocol (%(default)s)",
-    )
-    where.add_argument("--api-key-env", metavar="NAME", help="the variable that holds its API key")
-    where.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, help="folder for the results (%(default)s)"
-    )
+    options.add_where(parser, DEFAULT_OUT)
     what = parser.add_argument_group("what is asked")
     what.add_argument(
         "--prompts", type=Path, default=roles.PROMPTS, help="folder of prompts (eval/prompts)"
     )
     what.add_argument("--seed", type=int, default=1, help="of the sampler (%(default)s)")
-    what.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        default="",
-        help="tell the model's template so; without it the model does as it does",
-    )
+    options.add_thinking(what)
     what.add_argument(
         "--more-tokens",
         type=_from_0,
@@ -184,29 +158,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"write {votes.SHEET} for a person to vote on; python -m eval.votes reads it",
     )
     verdicts.add_argument(
-        "--sheet-limit", type=_from_1, metavar="N", help="so many pairs at most, drawn by lot"
+        "--sheet-limit",
+        type=options.from_1,
+        metavar="N",
+        help="so many pairs at most, drawn by lot",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--tries",
-        type=_from_1,
-        default=3,
-        help="of a question that the server fails to answer (%(default)s)",
-    )
-    how.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="for one answer (%(default)s)",
-    )
-    how.add_argument(
-        "--new-run",
-        action="store_true",
-        help="set results of a run with other settings aside instead of refusing to mix",
-    )
-    how.add_argument("--repair", action="store_true", help="drop broken lines of a results file")
-    how.add_argument("--json", action="store_true", help="progress and numbers as JSON lines")
+    options.add_how(parser.add_argument_group("how"), "numbers")
     return parser
 
 
@@ -216,31 +173,12 @@ def _from_0(text: str) -> int:
     return int(text)
 
 
-def _from_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
 def _settings(args: argparse.Namespace) -> Settings:
     """Raises ValueError, in words for the user."""
-    if args.api_key_env and not os.environ.get(args.api_key_env):
-        raise ValueError(f"the variable {args.api_key_env} of --api-key-env is empty")
-    if not args.timeout > 0:
-        raise ValueError("--timeout takes seconds above 0")
     usual = TOKENS_TO_THINK if args.thinking == "on" else 0
     return Settings(
-        base_url=args.base_url,
-        out=args.out,
-        seed=args.seed,
-        thinking=args.thinking,
+        **options.asking(args),
         more_tokens=usual if args.more_tokens is None else args.more_tokens,
-        tries=args.tries,
-        timeout_s=args.timeout,
-        api_key=os.environ[args.api_key_env] if args.api_key_env else "",
-        is_new_run=args.new_run,
-        is_repair=args.repair,
-        is_json=args.json,
     )
 
 
@@ -271,7 +209,7 @@ class _Asker:
     @classmethod
     @contextlib.contextmanager
     def at(cls, contestant: Contestant, settings: Settings) -> Iterator[_Asker]:
-        client = Client(settings.base_url, settings.timeout_s, api_key=settings.api_key)
+        client = settings.client()
         thread = ThreadPoolExecutor(1)
         try:
             yield cls(contestant, settings, client, thread)

@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import os
 import platform
 import sys
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 from bench import journal
 from bench.progress import Progress
 from eval import contestant as contestants
-from eval import mmlu, results, tasks, verdicts
+from eval import mmlu, options, results, tasks, verdicts
 from eval.client import Answer, AskError, Client, greedy
 from eval.contestant import Contestant
 from eval.data import DataError, Source
@@ -33,7 +32,6 @@ from eval.results import Record, Summary
 from eval.task import CORRECT, ERROR, UNSCORED, Question, Reply
 from eval.tasks import Task
 
-DEFAULT_URL = "http://127.0.0.1:8402"
 DEFAULT_OUT = Path("eval-results")
 MAX_TOKENS = 2048
 MAX_TOKENS_THINKING = 8192
@@ -48,24 +46,11 @@ class RunError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    base_url: str
-    out: Path
+class Settings(options.Asking):
     source: Source
-    seed: int
     max_tokens: int
-    thinking: str  # "on", "off", or "" for what the model does by itself
     parallel: int
-    tries: int
-    timeout_s: float
-    api_key: str
-    is_new_run: bool
-    is_repair: bool
-    is_json: bool
     allows_code: bool
-
-    def client(self) -> Client:
-        return Client(self.base_url, self.timeout_s, api_key=self.api_key)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,16 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(tasks.NAMES)}, or several with commas",
     )
     contestants.add_arguments(parser)
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--base-url",
-        default=DEFAULT_URL,
-        help="the daemon, or any server that speaks OpenAI's protocol (%(default)s)",
-    )
-    where.add_argument("--api-key-env", metavar="NAME", help="the variable that holds its API key")
-    where.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, help="folder for the results (%(default)s)"
-    )
+    where = options.add_where(parser, DEFAULT_OUT)
     where.add_argument(
         "--data-dir", type=Path, help="copies of the data at hand; without it they are downloaded"
     )
@@ -135,15 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         default=mmlu.CHAT,
         help="for mmlu: logprob asks for the likeliest letter after five examples",
     )
-    what.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        default="",
-        help="tell the model's template so; without it the model does as it does",
-    )
+    options.add_thinking(what)
     what.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=options.from_1,
         help=f"budget of a reply, thoughts included "
         f"({MAX_TOKENS}; {MAX_TOKENS_THINKING} with --thinking on)",
     )
@@ -155,31 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--parallel",
-        type=_positive,
+        type=options.from_1,
         default=1,
         metavar="N",
         help="requests at once; more than 1 may change answers from run to run",
     )
-    how.add_argument(
-        "--tries",
-        type=_positive,
-        default=3,
-        help="of a question that the server fails to answer (%(default)s)",
-    )
-    how.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="for one answer (%(default)s)",
-    )
-    how.add_argument(
-        "--new-run",
-        action="store_true",
-        help="set results of a run with other settings aside instead of refusing to mix",
-    )
-    how.add_argument("--repair", action="store_true", help="drop broken lines of a results file")
-    how.add_argument("--json", action="store_true", help="progress and scores as JSON lines")
+    options.add_how(how, "scores")
     return parser
 
 
@@ -190,14 +142,8 @@ def _task_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
 def _count_or_all(text: str) -> int | str:
-    return "all" if text == "all" else _positive(text)
+    return "all" if text == "all" else options.from_1(text)
 
 
 def _limit(args: argparse.Namespace, name: str) -> int | None:
@@ -209,24 +155,11 @@ def _limit(args: argparse.Namespace, name: str) -> int | None:
 def _settings(args: argparse.Namespace) -> Settings:
     """Raises ValueError, in words for the user."""
     usual = MAX_TOKENS_THINKING if args.thinking == "on" else MAX_TOKENS
-    if args.api_key_env and not os.environ.get(args.api_key_env):
-        raise ValueError(f"the variable {args.api_key_env} of --api-key-env is empty")
-    if not args.timeout > 0:
-        raise ValueError("--timeout takes seconds above 0")
     return Settings(
-        base_url=args.base_url,
-        out=args.out,
+        **options.asking(args),
         source=Source(args.data_dir),
-        seed=args.seed,
         max_tokens=args.max_tokens or usual,
-        thinking=args.thinking,
         parallel=args.parallel,
-        tries=args.tries,
-        timeout_s=args.timeout,
-        api_key=os.environ[args.api_key_env] if args.api_key_env else "",
-        is_new_run=args.new_run,
-        is_repair=args.repair,
-        is_json=args.json,
         allows_code=args.allow_code_execution,
     )
 
