@@ -2623,7 +2623,7 @@ def main(argv: Sequence[str]) -> int:
     """0 after an orderly end, 2 if the arguments or the environment cannot be used."""
     winsvc.speak_utf8()
     if argv[:1] == ["bench-run"]:
-        from bench import job  # the daemon needs none of it
+        from bench import job  # the daemon needs none of it; build.spec packs it with the exe
 
         return job.main(argv[1:])
     options = _parser().parse_args(_flags_joined(argv))

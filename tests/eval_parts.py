@@ -36,6 +36,19 @@ class _Server(ThreadingHTTPServer):
         """Who asked may be killed at any moment."""
 
 
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[None]:
+    """It answers until the end, and is closed then."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 class CountingProxy:
     """Passes requests on to 127.0.0.1:`upstream`, and knows what was asked.
 
@@ -52,14 +65,8 @@ class CountingProxy:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[CountingProxy]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
+        with serving(self._server):
             yield self
-        finally:
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
 
     def saw(self, moment: str, text: str) -> None:
         if moment == "asked":
@@ -177,14 +184,8 @@ class Replying:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Replying]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
+        with serving(self._server):
             yield self
-        finally:
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
 
 
 def small_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

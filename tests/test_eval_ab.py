@@ -28,6 +28,7 @@ from eval.stats import Game
 from tests import real_parts
 from tests.browser import opened
 from tests.daemon import ROOT, Daemon, bare_environment, free_port_range, started_daemon, wait_until
+from tests.eval_parts import serving
 from tests.test_eval_checks import ROLES, golden
 
 if TYPE_CHECKING:
@@ -271,14 +272,8 @@ class Scripted:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Scripted]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
+        with serving(self._server):
             yield self
-        finally:
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
 
     @property
     def questions(self) -> list[tuple[str, str, str]]:
