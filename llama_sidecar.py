@@ -941,18 +941,52 @@ class Wire:
         return None
 
 
+class InTurn:
+    """A lock that those who wait for it get in the order in which they came.
+
+    threading.Lock knows no order: who has just let go of it may take it again before any
+    other has woken up.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards what follows; nobody keeps it
+        self._is_held = False
+        self._waiting: collections.deque[threading.Lock] = collections.deque()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._is_held:
+                self._is_held = True
+                return
+            my_turn = threading.Lock()
+            my_turn.acquire()
+            self._waiting.append(my_turn)
+        my_turn.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_held = False
+
+
 NO_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
+_SENDING: Final = InTurn()
 
 
 def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
     """Send it all. Raises OSError.
 
-    TimeoutError if for `timeout_s` the peer takes nothing.
+    TimeoutError if for `timeout_s` the peer takes nothing. Nobody waits for that in
+    another's turn. There are turns because each call lets go of the interpreter: of many
+    threads some would have it again and again, and others late (docs/performance.md).
     """
     sent = 0
     while sent < len(data):
         try:
-            sent += sock.send(memoryview(data)[sent:], NO_WAIT)
+            with _SENDING:
+                sent += sock.send(memoryview(data)[sent:], NO_WAIT)
         except BlockingIOError:
             if not winsvc.wait_writable(sock, timeout_s):
                 raise TimeoutError("the peer takes nothing") from None
@@ -1191,11 +1225,14 @@ class Handler(BaseHTTPRequestHandler):
         try:
             while not self.close_connection:
                 self._handle_one()
+            if self.may_send_more:
+                self._linger()
         except (ClientGone, OSError):
             return  # the connection is closed by the server
 
     def _handle_one(self) -> None:
         self.wants_close = True  # until the request says otherwise
+        self.may_send_more = True  # likewise
         self.is_head = False
         self.expects_continue = False
         self.progress: _Progress | None = None
@@ -1203,18 +1240,21 @@ class Handler(BaseHTTPRequestHandler):
             block = self.wire.head_block(IDLE_TIMEOUT_S, HEAD_TIMEOUT_S)
             if block is None:
                 self.close_connection = True
+                self.may_send_more = False
                 return
             request = parse_request(block)
             self.is_head = request.method == "HEAD"
             is_read = request.method == "POST" and request.path in POST_ROUTES
             self.wants_close = request.is_last or (request.has_body and not is_read)
             self._dispatch(request)
+            self.may_send_more = not request.is_last or (request.has_body and not is_read)
         except MalformedMessage as exc:
             self._refuse(_bad_request(str(exc), exc.status))
         except SidecarError as exc:
             self._refuse(exc)
         except TimeoutError:
             self.close_connection = True
+            self.may_send_more = False
         except (ClientGone, OSError):
             raise
         except Exception:
@@ -1507,8 +1547,6 @@ class Handler(BaseHTTPRequestHandler):
         lines.append("Connection: close" if self.close_connection else "Connection: keep-alive")
         head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         self._write(head if self.is_head else head + body)
-        if self.close_connection:
-            self._linger()
 
     def _refuse(self, error: SidecarError) -> None:
         headers = {"Content-Type": "application/json"}
@@ -1962,8 +2000,6 @@ class _Relay:
         tail = b"0\r\n\r\n" if is_chunked else b""
         if start or tail:
             handler._write(start + tail)
-        if handler.close_connection:
-            handler._linger()
         return _is_reusable(wire, head, length)
 
     def _answer_as_event(self, wire: Wire, length: int) -> bool:
@@ -1991,8 +2027,6 @@ class _Relay:
         self._handler.close_connection = self._handler.wants_close
         start = self._head_for_client(_json_head(head, self.status), len(body), is_chunked=False)
         self._handler._write(start + body)
-        if self._handler.close_connection:
-            self._handler._linger()
         return _is_reusable(wire, head, length)
 
     def _whole_body(self, wire: Wire, length: int) -> bytes:

@@ -14,7 +14,7 @@ import h11
 import pytest
 
 from llama_sidecar import MAX_FIELDS, MAX_HEAD_BYTES, MAX_REQUEST_LINE_BYTES
-from tests.daemon import CHAT, Daemon, running_daemon
+from tests.daemon import CHAT, Daemon, running_daemon, wait_until
 
 HOST = b"Host: localhost"
 GET = b"GET /health HTTP/1.1"
@@ -238,6 +238,18 @@ def test_a_last_request_is_answered_and_nothing_after_it(
     answers = exchange(daemon, raw + HIDDEN)
     assert [answer.status for answer in answers] == [status]
     assert answers[0].headers["connection"] == "close"
+
+
+def test_who_announced_its_last_request_is_not_waited_for(daemon: Daemon) -> None:
+    """A daemon that waits for what else may come would take the letter that follows."""
+    with daemon.connect() as sock:
+        sock.sendall(PROBE)
+        while sock.recv(4096):
+            pass
+        sock.sendall(b"x")
+        wait_until(
+            lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0, "a reset comes", 5.0
+        )
 
 
 # --- malformed requests get one refusal and the connection ends

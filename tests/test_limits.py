@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,28 @@ def test_the_queue_of_the_daemon_is_bounded(tmp_path: Path) -> None:
         daemon.open_gate("held", "answer_gate")
         assert held.result(20)[0] == 200
         assert sorted(future.result(20)[0] for future in waiting) == [200] * 3 + [429] * 5
+
+
+def test_a_turn_goes_to_who_has_waited_longest() -> None:
+    """Also where the one who had it wants it again at once, which threading.Lock would allow."""
+    turn, had = llama_sidecar.InTurn(), list[str]()
+
+    def work(name: str) -> None:
+        with turn:
+            had.append(name)
+
+    threads = [threading.Thread(target=work, args=(str(n),)) for n in range(20)]
+    with turn:
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            wait_until(partial(has_waiters, turn, number), "it waits")
+    work("again")
+    for thread in threads:
+        thread.join(30)
+    assert had == [*map(str, range(20)), "again"]
+    work("at last")
+    assert had[-1] == "at last"
+
+
+def has_waiters(turn: llama_sidecar.InTurn, number: int) -> bool:
+    return len(turn._waiting) == number
