@@ -972,20 +972,26 @@ class InTurn:
 
 
 NO_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
-_SENDING: Final = InTurn()
+NO_TURNS: Final = contextlib.nullcontext()
+# Each send lets go of the interpreter. Of many threads some would have it again and again,
+# and others late, if none of their calls was made in turn (docs/performance.md). One is enough.
+TO_CHILDREN: Final = InTurn()
 
 
-def _send_all(sock: socket.socket, data: Bytes, timeout_s: float) -> None:
+def _send_all(
+    sock: socket.socket,
+    data: Bytes,
+    timeout_s: float,
+    turn: contextlib.AbstractContextManager[None] = NO_TURNS,
+) -> None:
     """Send it all. Raises OSError.
 
-    TimeoutError if for `timeout_s` the peer takes nothing. Nobody waits for that in
-    another's turn. There are turns because each call lets go of the interpreter: of many
-    threads some would have it again and again, and others late (docs/performance.md).
+    TimeoutError if for `timeout_s` the peer takes nothing; nobody's `turn` lasts so long.
     """
     sent = 0
     while sent < len(data):
         try:
-            with _SENDING:
+            with turn:
                 sent += sock.send(memoryview(data)[sent:], NO_WAIT)
         except BlockingIOError:
             if not winsvc.wait_writable(sock, timeout_s):
@@ -1937,7 +1943,7 @@ class _Relay:
 
     def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
         for data in self._message():
-            _send_all(connection.sock, data, UPSTREAM_SEND_TIMEOUT_S)
+            _send_all(connection.sock, data, UPSTREAM_SEND_TIMEOUT_S, TO_CHILDREN)
         for _ in range(5):
             block = wire.head_block(None, HEAD_TIMEOUT_S)
             if block is None:
