@@ -58,13 +58,21 @@ def gemma() -> Path:
 
 def tiny(*, stop: bool = False) -> Path:
     """The counting model of tests/tiny_gguf.py, written anew when its writer changed."""
+    return _counting(MODELS / ("tiny-stop.gguf" if stop else "tiny.gguf"), stop=stop)
+
+
+def tiny_mtp() -> Path:
+    """The counting model with an MTP head."""
+    return _counting(MODELS / "tiny-mtp.gguf", mtp=True)
+
+
+def _counting(target: Path, **variant: bool) -> Path:
     from tests import tiny_gguf  # numpy and gguf take half a second: only who asks waits
 
-    target = MODELS / ("tiny-stop.gguf" if stop else "tiny.gguf")
     written_at = target.stat().st_mtime if target.exists() else 0.0
     if written_at > Path(tiny_gguf.__file__).stat().st_mtime:
         return target
-    return _make_whole(target, lambda path: tiny_gguf.write(path, stop=stop))
+    return _make_whole(target, lambda path: tiny_gguf.write(path, **variant))
 
 
 def _package_folder(name: str) -> Path:

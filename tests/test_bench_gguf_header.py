@@ -108,6 +108,13 @@ def test_real_models_have_no_head(
     assert len(header.tensors) == tensors
 
 
+@pytest.mark.integration
+def test_a_head_that_llama_server_runs_is_seen() -> None:
+    header = gguf_header.read(real_parts.tiny_mtp())
+
+    assert (header.architecture, header.mtp_layers) == ("qwen35", 1)
+
+
 # --- what is refused
 
 

@@ -11,9 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from bench import doctor, job, journal, remote
 from bench.ssh import Host, HostError, Unreachable
 from tests import real_parts, windows_host, windows_parts
 from tests.daemon import running_daemon, wait_until
+from tests.llama_swap_double import llama_swap
 from tests.windows_host import NAME, WindowsHost
 from tests.windows_parts import EXE, REPO, windows_path
 
@@ -135,44 +134,14 @@ def state(folder: Path) -> dict[str, Any]:
     return job.read_state(folder) or {}
 
 
-@contextlib.contextmanager
-def llama_swap(running: list[str], asked: list[str]) -> Iterator[str]:
-    """As much of llama-swap's API as is used; `running` changes as models come and go."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            if self.path == "/unload":
-                running.clear()
-            elif self.path.startswith("/upstream/"):
-                running.append(self.path.split("/")[2])
-            body = json.dumps({"running": [{"model": m, "state": "ready"} for m in running]})
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}"
-    finally:
-        listening.shutdown()
-        listening.server_close()
-
-
 def test_a_sweep_survives_a_cut_line_and_a_killed_watcher_and_leaves_all_as_it_was(
     host: WindowsHost, tmp_path: Path
 ) -> None:
     file = plan(tmp_path)
     folder = of(host, file)
-    running, asked = ["qwen"], list[str]()
     with (
         running_daemon(tmp_path, {"m": {}}) as daemon,
-        llama_swap(running, asked) as swap,
+        llama_swap(["qwen"]) as (swap, running, _),
     ):
         assert daemon.chat("m", flags="-c 2048")[0] == 200
         before = daemon.sidecars()
@@ -224,8 +193,7 @@ def test_a_job_that_was_killed_is_started_again(host: WindowsHost, tmp_path: Pat
     """And what it had unloaded is loaded again in the end."""
     file = plan(tmp_path, "killed", models=json.loads(plan(tmp_path).read_text())["models"][1:])
     folder = of(host, file)
-    running, asked = ["qwen"], list[str]()
-    with llama_swap(running, asked) as swap:
+    with llama_swap(["qwen"]) as (swap, running, _):
         argv = words(host, file, "--llama-swap", swap)
         with started(argv, tmp_path / "log") as watching:
             wait_until(lambda: len(cells(folder)) >= 1, "a cell is measured", SLOWLY_S)
@@ -244,9 +212,8 @@ def test_a_sweep_that_cannot_be_says_why_and_leaves_all_as_it_was(
     """By the Python of the host, from sources."""
     file = tmp_path / "bad.json"
     file.write_text('{"schema": 1, "models": []}')
-    running, asked = ["qwen"], list[str]()
     python = windows_path(windows_parts.windows_python() / "python.exe")
-    with llama_swap(running, asked) as swap:
+    with llama_swap(["qwen"]) as (swap, running, asked):
         code = remote.main(words(host, file, "--llama-swap", swap, "--python", python))
     assert code == 1
     assert "the plan has no models" in capsys.readouterr().err
