@@ -278,9 +278,7 @@ def test_a_real_head_is_right_as_often_as_it_was_made_to_be(tmp_path: Path) -> N
     once = {"prompts": ["code"], "repetitions": 1, "warm_ups": 1}
     plan = tmp_path / "plan.json"
     plan.write_text(
-        json.dumps(
-            {"schema": 1, "llama_swap": taken, "n_predict": 41, "ctx_size": 1024} | once
-        )
+        json.dumps({"schema": 1, "llama_swap": taken, "n_predict": 41, "ctx_size": 1024} | once)
     )
 
     done = swept(plan)
@@ -327,10 +325,9 @@ def test_what_the_server_says_of_a_missing_head_is_told(tmp_path: Path) -> None:
     records = records_of(plan)
     assert records["hidden/off/b0/code/r0"]["outcome"] == "ok"
     told = {records[f"hidden/on/b0/{part}"]["error"] for part in ("server", "code/r0")}
-    assert told == {
-        "llama-server ended with exit code 1: "
-        "common_speculative_init_result: failed to create MTP context"
-    }
+    (reason,) = told
+    assert reason.startswith("llama-server ended with exit code 1: ")
+    assert reason.endswith(": failed to create MTP context")
 
 
 # --- what is no measurement
