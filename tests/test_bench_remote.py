@@ -1,7 +1,8 @@
 """A sweep on a Windows machine over SSH: real ssh and sshd, Wine's cmd.exe, and the exe.
 
-The models are measured by the real llama-server.exe; SmolLM2, drafting for itself, stands in
-for one with an MTP head. `make test-windows` runs these.
+The models are measured by the real llama-server.exe: one with an MTP head, one without, and
+SmolLM2, which drafts for itself and is slow enough to be interrupted. `make test-windows` runs
+these.
 """
 
 from __future__ import annotations
@@ -56,23 +57,20 @@ def server() -> str:
 
 
 def plan(folder: Path, name: str = "sweep", **fields: object) -> Path:
-    """Two blocks off and two on of SmolLM2, and a model that cannot."""
-    model = windows_path(real_parts.smollm2())
+    """Two blocks off and two on of SmolLM2, of a model with an MTP head, and of one without."""
+    parts = (real_parts.smollm2(), real_parts.tiny_mtp(), real_parts.tiny())
+    model, headed, tiny = map(windows_path, parts)
     common = ["--ctx-size", "1024", "-np", "1", "-t", "1"]
-    drafting = ["-md", model, "--spec-type", "draft-simple", "--spec-draft-n-max", "3"]
-    able = {"off": common, "on": [*common, *drafting]}
-    unable = {"off": common, "on": [*common, "--spec-type", "draft-mtp"]}
+    drafting = ["--spec-draft-n-max", "3", "--spec-type"]
+    by_itself = {"off": common, "on": [*common, "-md", model, *drafting, "draft-simple"]}
+    by_head = {"off": common, "on": [*common, *drafting, "draft-mtp"]}
     value = {
         "schema": 1,
         "name": name,
         "models": [
-            {"id": "smollm2", "server": server(), "model_path": model, "modes": able},
-            {
-                "id": "tiny",
-                "server": server(),
-                "model_path": windows_path(real_parts.tiny()),
-                "modes": unable,
-            },
+            {"id": "smollm2", "server": server(), "model_path": model, "modes": by_itself},
+            {"id": "headed", "server": server(), "model_path": headed, "modes": by_head},
+            {"id": "tiny", "server": server(), "model_path": tiny, "modes": by_head},
         ],
         "prompts": ["code", "story"],
         "n_predict": 24,
@@ -164,14 +162,17 @@ def test_a_sweep_survives_a_cut_line_and_a_killed_watcher_and_leaves_all_as_it_w
         assert [row["hash"] for row in daemon.sidecars()] == [row["hash"] for row in before]
     assert "watching it" in said
     assert "smollm2  on: " in said
+    assert "headed  on: " in said
     assert "tiny  on: unsupported: the GGUF (llama) has no layers" in said
     assert (state(folder)["state"], state(folder)["starts"]) == ("done", 1)
     results = fetched(file)
     assert (results.repeated, results.broken) == (0, ())
-    assert len(cells(folder)) == 12
+    assert len(cells(folder)) == 20
+    of_head = [results.records[f"headed/on/b{block}/code/r0"] for block in (0, 1)]
+    assert [(cell["draft_n"], cell["draft_n_accepted"]) for cell in of_head] == [(21, 15)] * 2
     assert results.header["about"]["priority"] == "normal"
     (page,) = (tmp_path / OUT).glob("*.html")
-    assert "All 16 cells are there." in page.read_text(encoding="utf-8")
+    assert "All 24 cells are there." in page.read_text(encoding="utf-8")
     assert list(host.tasks.glob("*.xml")) == []
 
 
