@@ -179,6 +179,15 @@ def test_a_sidecar_comes_back_with_the_flags_it_had(tmp_path: Path) -> None:
         assert sorted(row["hash"] for row in daemon.sidecars()) == before
 
 
+def test_a_model_of_llama_swap_goes_and_comes_back() -> None:
+    with llama_swap(["a"]) as (url, running, _):
+        unloaded = room.loaded("", url)
+        room.make("", url, print)
+        assert running == []
+        assert room.put_back(unloaded, print) == []
+        assert running == ["a"]
+
+
 def test_a_sidecar_that_answers_is_waited_for_and_not_for_ever(tmp_path: Path) -> None:
     with running_daemon(tmp_path, {"m": {"answer_gate": True}}) as daemon:
         asking = threading.Thread(target=daemon.chat, args=("m",))
