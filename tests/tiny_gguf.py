@@ -17,6 +17,7 @@ wrong after " five" and " ten", so it is known which drafts must be refused.
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -44,6 +45,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
+MtpPart = Literal["whole", "trunk", "head"]  # the trunk has no head; the head goes behind -md
 Token = tuple[str, float, gguf.TokenType]
 Weights = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
@@ -102,7 +104,7 @@ def _pointing(after: list[int]) -> Weights:
     return output
 
 
-def _trunk(after: list[int]) -> dict[str, Weights]:
+def _ends(after: list[int]) -> dict[str, Weights]:
     return {
         "token_embd.weight": np.eye(len(after), WIDTH, dtype=np.float16),
         "output_norm.weight": _ones(WIDTH),
@@ -197,9 +199,10 @@ def _add_llama(writer: gguf.GGUFWriter, *, tokens: int) -> dict[str, Weights]:
     return _of_layer(0, _llama_layer())
 
 
-def _add_qwen(writer: gguf.GGUFWriter, guesses: list[int]) -> dict[str, Weights]:
+def _add_qwen(writer: gguf.GGUFWriter, guesses: list[int], part: MtpPart) -> dict[str, Weights]:
     """The same for one layer of each kind, without which it does not run, and the head."""
-    _add_shape(writer, layers=3, heads=1, tokens=len(guesses))
+    has_head = part != "trunk"
+    _add_shape(writer, layers=2 + has_head, heads=1, tokens=len(guesses))
     writer.add_key_length(HEAD_WIDTH)
     writer.add_value_length(HEAD_WIDTH)
     writer.add_rope_dimension_sections(ROPE_SECTIONS)
@@ -209,12 +212,13 @@ def _add_qwen(writer: gguf.GGUFWriter, guesses: list[int]) -> dict[str, Weights]
     writer.add_ssm_state_size(HEAD_WIDTH)
     writer.add_ssm_time_step_rank(1)
     writer.add_ssm_group_count(1)
-    writer.add_nextn_predict_layers(1)
-    return {
-        **_of_layer(0, _qwen_linear_layer()),
-        **_of_layer(1, _qwen_layer()),
-        **_of_layer(2, _qwen_layer() | _mtp_head(guesses)),
-    }
+    layers: dict[str, Weights] = {}
+    if part != "head":
+        layers |= _of_layer(0, _qwen_linear_layer()) | _of_layer(1, _qwen_layer())
+    if has_head:
+        writer.add_nextn_predict_layers(1)
+        layers |= _of_layer(2, _qwen_layer() | _mtp_head(guesses))
+    return layers
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: list[Token]) -> None:
@@ -230,20 +234,20 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: list[Token]) -> None:
     writer.add_chat_template(TEMPLATE)
 
 
-def write(path: Path, *, stop: bool = False, mtp: bool = False) -> Path:
+def write(path: Path, *, stop: bool = False, mtp: MtpPart | None = None) -> Path:
     """Write the model to `path` and return `path`; with `stop` it ends after " twenty"."""
     vocabulary = _vocabulary()
     tokens = [text for text, _, _ in vocabulary]
     after = _successors(tokens, stop=stop)
     writer = gguf.GGUFWriter(path, "qwen35" if mtp else "llama")
-    writer.add_name("counting-tiny" + "-stop" * stop + "-mtp" * mtp)
+    writer.add_name("counting-tiny" + "-stop" * stop + (f"-mtp-{mtp}" if mtp else ""))
     layers = (
-        _add_qwen(writer, _guesses(tokens, after))
+        _add_qwen(writer, _guesses(tokens, after), mtp)
         if mtp
         else _add_llama(writer, tokens=len(tokens))
     )
     _add_tokenizer(writer, vocabulary)
-    for name, weights in (_trunk(after) | layers).items():
+    for name, weights in (_ends(after) | layers).items():
         writer.add_tensor(name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -257,7 +261,7 @@ def main(argv: list[str]) -> int:
     if len(paths) != 1:
         print("usage: python -m tests.tiny_gguf OUT.gguf [--stop | --mtp]", file=sys.stderr)
         return 2
-    write(Path(paths[0]), stop="--stop" in argv, mtp="--mtp" in argv)
+    write(Path(paths[0]), stop="--stop" in argv, mtp="whole" if "--mtp" in argv else None)
     return 0
 
 
