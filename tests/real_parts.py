@@ -15,6 +15,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 REPO = Path(__file__).resolve().parent.parent
 MODELS = REPO / ".cache" / "models"
@@ -61,10 +63,22 @@ def tiny(*, stop: bool = False) -> Path:
     from tests import tiny_gguf  # numpy and gguf take half a second: only who asks waits
 
     target = MODELS / ("tiny-stop.gguf" if stop else "tiny.gguf")
+    return _written(target, tiny_gguf, lambda path: tiny_gguf.write(path, stop=stop))
+
+
+def tiny_mtp(part: Literal["whole", "trunk", "head"] = "whole") -> Path:
+    """The counting model with an MTP head in it, or one of the two."""
+    from tests import tiny_gguf
+
+    target = MODELS / f"tiny-mtp-{part}.gguf"
+    return _written(target, tiny_gguf, lambda path: tiny_gguf.write(path, mtp=part))
+
+
+def _written(target: Path, by: ModuleType, write: Callable[[Path], object]) -> Path:
     written_at = target.stat().st_mtime if target.exists() else 0.0
-    if written_at > Path(tiny_gguf.__file__).stat().st_mtime:
+    if written_at > Path(str(by.__file__)).stat().st_mtime:
         return target
-    return _make_whole(target, lambda path: tiny_gguf.write(path, stop=stop))
+    return _make_whole(target, write)
 
 
 def _package_folder(name: str) -> Path:

@@ -128,6 +128,17 @@ def test_default_base_args_are_translated_and_start(llama_server: Path, tmp_path
         assert daemon.stop() == 0
 
 
+def test_a_models_own_head_drafts(llama_server: Path, tmp_path: Path) -> None:
+    chosen = settings(tmp_path, {"headed": str(real_parts.tiny_mtp())}, BASE_ARGS='["-c", "1024"]')
+    with started_daemon(chosen, tmp_path) as daemon:
+        flags = "--spec-type draft-mtp --spec-draft-n-max 2"
+        status, _, answer = daemon.chat("headed", flags, max_tokens=41, temperature=0)
+        assert status == 200
+        timings = answer["timings"]
+        assert (timings["draft_n"], timings["draft_n_accepted"]) == (28, 25)
+        assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize(("flags", "look"), SHOWN_BY_NEWER)
 def test_a_flag_of_its_own_says_the_same_on_the_command_line_and_in_the_body(
     llama_server: Path, tmp_path: Path, flags: str, look: Look

@@ -108,6 +108,14 @@ def test_real_models_have_no_head(
     assert len(header.tensors) == tensors
 
 
+@pytest.mark.integration
+def test_a_head_that_llama_server_runs_is_seen() -> None:
+    headers = [gguf_header.read(real_parts.tiny_mtp(part)) for part in ("whole", "head", "trunk")]
+
+    assert {header.architecture for header in headers} == {"qwen35"}
+    assert [header.mtp_layers for header in headers] == [1, 1, 0]
+
+
 # --- what is refused
 
 

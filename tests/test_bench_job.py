@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +19,7 @@ import winsvc
 from bench import job, look, remote, room, ssh
 from tests import real_parts
 from tests.daemon import ROOT, running_daemon, wait_until
+from tests.llama_swap_double import llama_swap
 
 XMLNS = "{http://schemas.microsoft.com/windows/2004/02/mit/task}"
 NOT_THERE = "http://127.0.0.1:9"
@@ -166,39 +166,6 @@ def test_the_daemon_does_not_load_the_bench() -> None:
 # --- room
 
 
-@contextlib.contextmanager
-def llama_swap(
-    running: list[str], *, is_stubborn: bool = False
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As much of llama-swap's API as is used: its address, what is loaded, what was asked."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path != "/running":
-                asked.append(self.path)
-            if self.path == "/unload" and not is_stubborn:
-                running.clear()
-            elif self.path.startswith("/upstream/"):
-                running.append(self.path.removeprefix("/upstream/").removesuffix("/health"))
-            body = json.dumps({"running": [{"model": m, "state": "ready"} for m in running]})
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}", running, asked
-    finally:
-        listening.shutdown()
-        listening.server_close()
-
-
 def test_a_sidecar_comes_back_with_the_flags_it_had(tmp_path: Path) -> None:
     with running_daemon(tmp_path, {"m": {}, "n": {}}) as daemon:
         assert daemon.chat("m", flags="-c 4096 --cache-type-k q8_0")[0] == 200
@@ -210,6 +177,15 @@ def test_a_sidecar_comes_back_with_the_flags_it_had(tmp_path: Path) -> None:
         assert daemon.sidecars() == []
         assert room.put_back(unloaded, print) == []
         assert sorted(row["hash"] for row in daemon.sidecars()) == before
+
+
+def test_a_model_of_llama_swap_goes_and_comes_back() -> None:
+    with llama_swap(["a"]) as (url, running, _):
+        unloaded = room.loaded("", url)
+        room.make("", url, print)
+        assert running == []
+        assert room.put_back(unloaded, print) == []
+        assert running == ["a"]
 
 
 def test_a_sidecar_that_answers_is_waited_for_and_not_for_ever(tmp_path: Path) -> None:

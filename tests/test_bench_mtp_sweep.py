@@ -259,6 +259,76 @@ def test_what_fails_is_told_and_the_sweep_goes_on(tmp_path: Path) -> None:
     assert plan.with_name("results.jsonl").read_bytes() == lines
 
 
+# --- the real llama-server, and a model with an MTP head
+
+# Drafts for 41 tokens, " one" and two rounds up to the next. The head guesses wrong behind each
+# " five" and " ten" (tests/tiny_gguf.py). With single drafts a round takes eleven: one, three,
+# five (wrong), six, eight, ten (wrong), eleven, thirteen, fifteen, seventeen, nineteen.
+DRAFTED_AND_RIGHT = {"on-n1": (22, 18), "on-n2": (28, 25)}
+
+
+@pytest.mark.integration
+def test_a_real_head_is_right_as_often_as_it_was_made_to_be(tmp_path: Path) -> None:
+    """In the model's file and in one of its own, with the modes that a plan has from llama-swap."""
+    commands = {
+        "whole": f"{real_parts.tiny_mtp()}",
+        "apart": f"{real_parts.tiny_mtp('trunk')} -md {real_parts.tiny_mtp('head')}",
+        "unable": f"{real_parts.tiny()}",
+    }
+    server = f"{real_parts.llama_server_bin()} --port ${{PORT}} -t 1 --no-warmup -m"
+    lines = [f"  {id_}:\n    cmd: {server} {words}\n" for id_, words in commands.items()]
+    (tmp_path / "config.yaml").write_text("models:\n" + "".join(lines))
+    taken = {"config": "config.yaml", "n_max": [1, 2]}
+    few = {"prompts": ["code"], "repetitions": 1, "warm_ups": 1, "ctx_size": 1024}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"schema": 1, "llama_swap": taken, "n_predict": 41} | few))
+
+    done = swept(plan)
+
+    records = records_of(plan).values()
+    cells = [record for record in records if record["kind"] == "cell"]
+    assert {cell["outcome"] for cell in cells} == {"ok"}
+    assert len({cell["text"] for cell in cells}) == 1
+    order = "off on on-n1 on-n2 on-n2 on-n1 on off".split()
+    for id_ in ("whole", "apart"):
+        servers = [r for r in records if r["kind"] == "server" and r["model"] == id_]
+        assert [server["mode"] for server in servers] == order
+        assert [server["speculative"] for server in servers] == [mode != "off" for mode in order]
+    for cell in cells:
+        drafted = (cell["draft_n"], cell["draft_n_accepted"])
+        if cell["mode"] == "off":
+            assert drafted == (None, None)
+        elif cell["mode"] == "on":
+            assert 0 < drafted[1] < drafted[0]
+        else:
+            assert drafted == DRAFTED_AND_RIGHT[cell["mode"]]
+    assert {r["error"] for r in records if r["model"] == "unable" and r["mode"] != "off"} == {
+        "the GGUF (llama) has no layers for multi-token prediction"
+    }
+    assert done.stderr.splitlines()[-1].startswith("done: 18 measured, 0 failed, 6 unsupported")
+
+
+@pytest.mark.integration
+def test_what_the_server_says_of_a_missing_head_is_told(tmp_path: Path) -> None:
+    """Where the header is not read first, as the model is named among the arguments."""
+    model = real("hidden", real_parts.tiny())
+    named = ["--model", model["model_path"], *model["modes"]["off"]]
+    model |= {
+        "model_path": None,
+        "modes": {"off": named, "on": [*named, "--spec-type", "draft-mtp"]},
+    }
+    plan = written_plan(tmp_path, model, prompts=["code"])
+
+    swept(plan)
+
+    records = records_of(plan)
+    assert records["hidden/off/b0/code/r0"]["outcome"] == "ok"
+    told = {records[f"hidden/on/b0/{part}"]["error"] for part in ("server", "code/r0")}
+    (reason,) = told
+    assert reason.startswith("llama-server ended with exit code 1: ")
+    assert reason.endswith(": failed to create MTP context")
+
+
 # --- what is no measurement
 
 

@@ -1,7 +1,8 @@
 """A sweep on a Windows machine over SSH: real ssh and sshd, Wine's cmd.exe, and the exe.
 
-The models are measured by the real llama-server.exe; SmolLM2, drafting for itself, stands in
-for one with an MTP head. `make test-windows` runs these.
+The models are measured by the real llama-server.exe: one with an MTP head, one without, and
+SmolLM2, which drafts for itself and is slow enough to be interrupted. `make test-windows` runs
+these.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from bench import doctor, job, journal, remote
 from bench.ssh import Host, HostError, Unreachable
 from tests import real_parts, windows_host, windows_parts
 from tests.daemon import running_daemon, wait_until
+from tests.llama_swap_double import llama_swap
 from tests.windows_host import NAME, WindowsHost
 from tests.windows_parts import EXE, REPO, windows_path
 
@@ -57,23 +57,20 @@ def server() -> str:
 
 
 def plan(folder: Path, name: str = "sweep", **fields: object) -> Path:
-    """Two blocks off and two on of SmolLM2, and a model that cannot."""
-    model = windows_path(real_parts.smollm2())
+    """Two blocks off and two on of SmolLM2, of a model with an MTP head, and of one without."""
+    parts = (real_parts.smollm2(), real_parts.tiny_mtp(), real_parts.tiny())
+    model, headed, tiny = map(windows_path, parts)
     common = ["--ctx-size", "1024", "-np", "1", "-t", "1"]
-    drafting = ["-md", model, "--spec-type", "draft-simple", "--spec-draft-n-max", "3"]
-    able = {"off": common, "on": [*common, *drafting]}
-    unable = {"off": common, "on": [*common, "--spec-type", "draft-mtp"]}
+    drafting = ["--spec-draft-n-max", "3", "--spec-type"]
+    by_itself = {"off": common, "on": [*common, "-md", model, *drafting, "draft-simple"]}
+    by_head = {"off": common, "on": [*common, *drafting, "draft-mtp"]}
     value = {
         "schema": 1,
         "name": name,
         "models": [
-            {"id": "smollm2", "server": server(), "model_path": model, "modes": able},
-            {
-                "id": "tiny",
-                "server": server(),
-                "model_path": windows_path(real_parts.tiny()),
-                "modes": unable,
-            },
+            {"id": "smollm2", "server": server(), "model_path": model, "modes": by_itself},
+            {"id": "headed", "server": server(), "model_path": headed, "modes": by_head},
+            {"id": "tiny", "server": server(), "model_path": tiny, "modes": by_head},
         ],
         "prompts": ["code", "story"],
         "n_predict": 24,
@@ -135,44 +132,14 @@ def state(folder: Path) -> dict[str, Any]:
     return job.read_state(folder) or {}
 
 
-@contextlib.contextmanager
-def llama_swap(running: list[str], asked: list[str]) -> Iterator[str]:
-    """As much of llama-swap's API as is used; `running` changes as models come and go."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            if self.path == "/unload":
-                running.clear()
-            elif self.path.startswith("/upstream/"):
-                running.append(self.path.split("/")[2])
-            body = json.dumps({"running": [{"model": m, "state": "ready"} for m in running]})
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}"
-    finally:
-        listening.shutdown()
-        listening.server_close()
-
-
 def test_a_sweep_survives_a_cut_line_and_a_killed_watcher_and_leaves_all_as_it_was(
     host: WindowsHost, tmp_path: Path
 ) -> None:
     file = plan(tmp_path)
     folder = of(host, file)
-    running, asked = ["qwen"], list[str]()
     with (
         running_daemon(tmp_path, {"m": {}}) as daemon,
-        llama_swap(running, asked) as swap,
+        llama_swap(["qwen"]) as (swap, running, _),
     ):
         assert daemon.chat("m", flags="-c 2048")[0] == 200
         before = daemon.sidecars()
@@ -195,14 +162,17 @@ def test_a_sweep_survives_a_cut_line_and_a_killed_watcher_and_leaves_all_as_it_w
         assert [row["hash"] for row in daemon.sidecars()] == [row["hash"] for row in before]
     assert "watching it" in said
     assert "smollm2  on: " in said
+    assert "headed  on: " in said
     assert "tiny  on: unsupported: the GGUF (llama) has no layers" in said
     assert (state(folder)["state"], state(folder)["starts"]) == ("done", 1)
     results = fetched(file)
     assert (results.repeated, results.broken) == (0, ())
-    assert len(cells(folder)) == 12
+    assert len(cells(folder)) == 20
+    of_head = [results.records[f"headed/on/b{block}/code/r0"] for block in (0, 1)]
+    assert [(cell["draft_n"], cell["draft_n_accepted"]) for cell in of_head] == [(21, 15)] * 2
     assert results.header["about"]["priority"] == "normal"
     (page,) = (tmp_path / OUT).glob("*.html")
-    assert "All 16 cells are there." in page.read_text(encoding="utf-8")
+    assert "All 24 cells are there." in page.read_text(encoding="utf-8")
     assert list(host.tasks.glob("*.xml")) == []
 
 
@@ -224,8 +194,7 @@ def test_a_job_that_was_killed_is_started_again(host: WindowsHost, tmp_path: Pat
     """And what it had unloaded is loaded again in the end."""
     file = plan(tmp_path, "killed", models=json.loads(plan(tmp_path).read_text())["models"][1:])
     folder = of(host, file)
-    running, asked = ["qwen"], list[str]()
-    with llama_swap(running, asked) as swap:
+    with llama_swap(["qwen"]) as (swap, running, _):
         argv = words(host, file, "--llama-swap", swap)
         with started(argv, tmp_path / "log") as watching:
             wait_until(lambda: len(cells(folder)) >= 1, "a cell is measured", SLOWLY_S)
@@ -244,9 +213,8 @@ def test_a_sweep_that_cannot_be_says_why_and_leaves_all_as_it_was(
     """By the Python of the host, from sources."""
     file = tmp_path / "bad.json"
     file.write_text('{"schema": 1, "models": []}')
-    running, asked = ["qwen"], list[str]()
     python = windows_path(windows_parts.windows_python() / "python.exe")
-    with llama_swap(running, asked) as swap:
+    with llama_swap(["qwen"]) as (swap, running, asked):
         code = remote.main(words(host, file, "--llama-swap", swap, "--python", python))
     assert code == 1
     assert "the plan has no models" in capsys.readouterr().err

@@ -55,6 +55,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     tiny, smollm2 = str(real_parts.tiny()), str(real_parts.smollm2())
     models: dict[str, object] = {
         "tiny": {"path": tiny, "aliases": ["counter"]},
+        "headed": str(real_parts.tiny_mtp()),
         "smollm2": smollm2,
         "one-slot": {"path": smollm2, "args": ONE_SLOT},
         "embedder": {"path": smollm2, "args": ["--embedding", "--pooling", "mean"]},
@@ -62,7 +63,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         "broken": "text.gguf",
     }
     base_args = json.dumps(["-c", "8192", "-t", "2", "--parallel", "4"])
-    chosen = settings(folder, models, BASE_ARGS=base_args, MAX_SIDECARS="12")
+    chosen = settings(folder, models, BASE_ARGS=base_args, MAX_SIDECARS="14")
     with started_daemon(chosen, folder) as started:
         yield started
 
@@ -209,7 +210,7 @@ def test_an_embedding_model_embeds(client: openai.OpenAI) -> None:
 
 def test_models_are_listed_by_id(client: openai.OpenAI) -> None:
     listed = [model.id for model in client.models.list()]
-    assert listed == ["tiny", "smollm2", "one-slot", "embedder", "tool-user", "broken"]
+    assert listed == ["tiny", "headed", "smollm2", "one-slot", "embedder", "tool-user", "broken"]
 
 
 # --- flags
@@ -238,6 +239,21 @@ def test_one_setting_in_other_spellings_shares_a_process(daemon: Daemon) -> None
         pids.add(sidecar(daemon, headers)["pid"])
     assert starts == ["started", "reused", "reused"]
     assert len(pids) == 1
+
+
+def test_an_agent_has_its_tokens_drafted_by_the_models_own_head(daemon: Daemon) -> None:
+    """Of " one" and two rounds of numbers 28 words are drafted, by two, and 3 of them wrong."""
+    plain, drafted = (
+        daemon.chat("headed", flags, max_tokens=41, temperature=0)
+        for flags in (None, "--spec-type draft-mtp --spec-draft-n-max 2")
+    )
+    assert (plain[0], drafted[0]) == (200, 200)
+    assert plain[1]["x-sidecar-hash"] != drafted[1]["x-sidecar-hash"]
+    for _, _, answer in (plain, drafted):
+        assert answer["choices"][0]["message"]["content"].strip() == counted(41).strip()
+    assert "draft_n" not in plain[2]["timings"]
+    timings = drafted[2]["timings"]
+    assert (timings["draft_n"], timings["draft_n_accepted"]) == (28, 25)
 
 
 @pytest.mark.parametrize(
