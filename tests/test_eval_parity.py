@@ -51,6 +51,6 @@ def test_the_same_sums_are_right(row: dict[str, Any]) -> None:
 @each_choice
 def test_the_letter_is_the_same(row: dict[str, Any]) -> None:
     """The prompt of its generative task ends with `Answer:`, which the reply goes on."""
-    letter = mmlu.marked(f"Answer:{row['reply']}")
+    letter = mmlu.strict(f"Answer:{row['reply']}")
     assert letter == row["extracted"]["get_response"]
     assert (letter == row["gold"]) == row["is_right"]["get_response"]
