@@ -25,15 +25,16 @@ BOXED = re.compile(
 ONE = r"(?<![\w'])[(\[]?[A-H][)\]]?(?![\w'\u2019-])"
 SOME = (
     rf"({ONE}(?:[ \t]{{0,3}}(?:,[ \t]?(?:and|or)\b|,|/|&|\band\b|\bor\b|\bnor\b)[ \t]{{0,3}}"
-    rf"(?:option[ \t]|choice[ \t])?{ONE})*)"
+    rf"(?:option[ \t]|choice[ \t])?{ONE}){{0,3}})"
 )
 # The dot after an initial ("D. H. Lawrence", "A.D. 70") is none after an option.
 DOT = r"\.(?!\w|[ \t]?[A-Z]\.)"
+STATED = rf"(?:$|{DOT}|[,;:!\"'\u201d\u2013\u2014-]|(?:because|since|as|for)\b)"
 SAID_OF = re.compile(
     r"\b(?i:answer(?:[ \t](?:choice|option|letter))?|(?:correct|right|best)[ \t](?:option|choice))"
     r"[ \t]{0,3}(?i:is|would be|must be|should be|:)[ \t]{0,3}:?[ \t]{0,3}"
     r"(?i:(?:either|the|option|choice|letter)[ \t]){0,3}[\"'\u201c]?"
-    rf"{SOME}(?=[ \t]{{0,3}}(?:$|{DOT}|[,;:!\"'\u201d\u2013\u2014-]|(?:because|since|as|for)\b))",
+    rf"{SOME}(?:(?<=[)\]])|(?=[ \t]{{0,3}}{STATED}))",
     re.MULTILINE,
 )
 IS_RIGHT = re.compile(
@@ -49,11 +50,13 @@ DOUBT = re.compile(
     r"|an?other|some|many|students?|people|might|may)\b|n['\u2019]t\b"
 )
 BREATH = re.compile(r"[.,;:!?\n]")
-ASKED = re.compile(r"[^.!?\n]{0,400}\?")
+ASKED = re.compile(r"[^.!?\n]*\?")
 # An option of a case in law may well begin with "No, because".
 TAKEN_BACK = re.compile(
     r"\b(?:(?i:wait|actually|correction|sorry|mistaken?|second thoughts?)\b|no,|No, it\b)"
 )
+
+NEAR_CHARS = 1000  # all that is looked at around a statement
 
 # "D. 4", "(D) 4", "D: 4", "D"; but "A:" may stand for "answer".
 LABEL = re.compile(
@@ -65,9 +68,13 @@ DENIED = re.compile(
 )
 # Other options beside it make it a list, or a choice that is not made.
 NAMED = re.compile(
-    rf"(?<![\w'])(?:[(\[]([A-H])[)\]]|([A-H])(?:[):]|{DOT}(?=[ \t]+\w)))"
+    rf"(?<![^\s(\[,;/])(?:[(\[]([A-H])[)\]]|([A-H])(?:[):]|{DOT}(?=[ \t]+\w)))"
     r"|(?:\b(?i:or|and|nor|not|but|be|is|than|option|choice|letter|answer)[ \t]|[/&][ \t]?)"
     r"([A-H])(?![\w'\u2019-])"
+)
+REFUSED = re.compile(
+    r"\b(?:not|\w+n['\u2019]t)[ \t](?:option[ \t]|choice[ \t])?[(\[]?[A-H](?!\w)"
+    r"|\b(?:not|\w+n['\u2019]t)[ \t](?:the[ \t])?(?:correct|right|best|answer)\b"
 )
 HEADING = re.compile(r"(?i)(?:(?:the|my)[ \t])?(?:\w+[ \t])?answer(?:[ \t]is)?[ \t]{0,3}:?")
 
@@ -96,16 +103,15 @@ def flexible(text: str, *, is_cut: bool = False) -> str | None:
 
 def _stated(plain: str) -> Iterator[tuple[set[str], bool]]:
     """The letters of each statement of an answer, and whether it is called the final one."""
+    taken_back = max((match.end() for match in TAKEN_BACK.finditer(plain)), default=0)
     for pattern in (SAID_OF, IS_RIGHT):
-        for match in pattern.finditer(plain):
-            before, after = plain[: match.start()], plain[match.end() :]
+        for match in pattern.finditer(plain, taken_back):
+            before = plain[max(0, match.start() - NEAR_CHARS) : match.start()]
+            after = plain[match.end() : match.end() + NEAR_CHARS]
             letters = set(re.findall(r"[A-H](?!\w)", match[1]))
             *_, breath = BREATH.split(before)
             is_meant = not (
-                DOUBT.search(breath)
-                or ASKED.match(after)
-                or TAKEN_BACK.search(after)
-                or _goes_on_as_a_list(after, letters)
+                DOUBT.search(breath) or ASKED.match(after) or _goes_on_as_a_list(after, letters)
             )
             if is_meant:
                 yield letters, bool(FINAL.search(before))
@@ -123,7 +129,7 @@ def _labelled(plain: str) -> set[str]:
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     lines = [line for line in lines if not HEADING.fullmatch(line)]
     heads = {letter for line in lines[:1] + lines[-1:] if (letter := _label(line))}
-    if not heads or TAKEN_BACK.search(plain):
+    if not heads or TAKEN_BACK.search(plain) or REFUSED.search(plain):
         return set()
     others = {letter for line in lines[1:-1] if (letter := _label(line))}
     named = {next(filter(None, match.groups())) for match in NAMED.finditer(plain)}
