@@ -592,6 +592,15 @@ def test_a_judge_is_not_shown_its_own_replies(
     assert [asked for asked in server.asked if asked[2] not in ("sql", "")] == []
 
 
+def test_a_judge_of_equal_texts_is_not_even_greeted(server: Scripted, tmp_path: Path) -> None:
+    chosen = ["--contestant", "good", "--contestant", "good -c 512"]
+    chosen += ["--prompts", str(only(tmp_path, "sql"))]
+    assert compare(server, tmp_path / "out", *chosen, "--judge", "judge") == 0
+    assert {model for model, _, _ in server.asked} == {"good"}
+    (file,) = (tmp_path / "out").glob("ab-judge.*.jsonl")
+    assert [it["outcome"] for it in journal.read(file).records.values()] == ["tie", "tie"]
+
+
 def test_votes_are_part_of_the_report(
     server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
