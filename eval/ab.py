@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from bench import journal
 from bench.progress import Progress
-from eval import checks, comparison, judge, options, roles, side_by_side, votes
+from eval import checks, comparison, judge, options, roles, runs, side_by_side, votes
 from eval import contestant as contestants
 from eval.client import Answer, AskError, Client, greedy
 from eval.comparison import EMPTY, ERROR, OK, TRUNCATED, Comparison
@@ -29,21 +29,17 @@ from eval.contestant import Contestant
 from eval.execution import run_program
 from eval.judge import Pair
 from eval.roles import Prompt
+from eval.runs import ServerDown, Tried
 
 DEFAULT_OUT = Path("eval-ab")
 TOKENS_TO_THINK = 4096  # added to each budget with --thinking on
-RETRY_PAUSE_S = 1.0  # and then twice, three times as long
-MAX_ERRORS_IN_A_ROW = 5  # then the server is down, and the rest would fail alike
 POLL_S = 0.5  # Windows delivers Ctrl-C only between waits
 INTERRUPTED = 130
 PAGE, MARKDOWN = "ab.html", "ab.md"
 
 Record = dict[str, Any]
+Seated = tuple[Pair, str]  # and which of the two is shown first
 T = TypeVar("T")
-
-
-class AbError(Exception):
-    """In words for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"nobody to ask (--models A,B or --contestant), and nothing in {settings.out}")
     try:
         return _compared(args, chosen, settings)
-    except (AbError, AskError, journal.JournalError, ValueError, OSError) as exc:
+    except (AskError, journal.JournalError, ValueError, OSError) as exc:
         print(f"eval.ab: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -223,25 +219,14 @@ class _Asker:
         body = {"model": self.contestant.model} | self.settings.body(max_tokens) | dict(asked)
         return self._waited_for(lambda: self.client.chat(body, self.contestant.agent_flags))
 
-    def greet(self) -> None:
-        """One token, so that the model is loaded before the first time is taken."""
-        self.ask({"messages": [{"role": "user", "content": "Hello"}]}, 1)
+    def greeted(self) -> Record:
+        """Who answers, by a first request of one token; the model is loaded with it."""
+        first = self.ask({"messages": [{"role": "user", "content": "Hello"}]}, 1)
+        return self._waited_for(lambda: runs.described(self.client, first))
 
-    def tried(self, asked: Mapping[str, Any], max_tokens: int) -> tuple[Answer | AskError, int]:
-        """An answer, or the last error, and after how many tries.
-
-        Raises AskError where no other question would be answered either.
-        """
-        for attempt in range(1, self.settings.tries + 1):
-            try:
-                return self.ask(asked, max_tokens), attempt
-            except AskError as exc:
-                if exc.is_hopeless:
-                    raise
-                if attempt == self.settings.tries or not exc.is_retryable:
-                    return exc, attempt
-                time.sleep(RETRY_PAUSE_S * attempt)
-        raise AssertionError("tries is at least 1")
+    def tried(self, asked: Mapping[str, Any], max_tokens: int) -> Tried:
+        """Raises AskError where no other question would be answered either."""
+        return runs.tried(lambda: self.ask(asked, max_tokens), self.settings.tries, time.sleep)
 
     def _waited_for(self, call: Callable[[], T]) -> T:
         future = self.thread.submit(call)
@@ -258,7 +243,7 @@ def _ask_all(prompts: list[Prompt], chosen: list[Contestant], settings: Settings
     for contestant in chosen:
         try:
             _ask_one(prompts, contestant, settings)
-        except (AbError, AskError, journal.JournalError, OSError) as exc:
+        except (ServerDown, AskError, journal.JournalError, OSError) as exc:
             print(f"eval.ab: {contestant}: {exc}", file=sys.stderr)
             failed += 1
     return failed
@@ -267,33 +252,39 @@ def _ask_all(prompts: list[Prompt], chosen: list[Contestant], settings: Settings
 def _ask_one(prompts: list[Prompt], contestant: Contestant, settings: Settings) -> None:
     decides = settings.decides(comparison.TASK, contestant)
     decides["prompts"] = {prompt.id: prompt.sha256 for prompt in prompts}
-    with _results(comparison.file_of(settings.out, contestant), decides, settings) as file:
-        left = [prompt for prompt in prompts if not _is_answered(file, prompt)]
+    path = comparison.file_of(settings.out, contestant)
+    with (
+        _Asker.at(contestant, settings) as asker,
+        _results(path, decides, asker, lambda it: bool(_left(it, prompts))) as file,
+    ):
+        left = _left(file.records, prompts)
         done = len(prompts) - len(left)
-        with (
-            Progress(str(contestant), len(prompts), done, is_json=settings.is_json) as progress,
-            _Asker.at(contestant, settings) as asker,
-        ):
-            if left:
-                asker.greet()
+        with Progress(str(contestant), len(prompts), done, is_json=settings.is_json) as progress:
             errors = 0
             for number, prompt in enumerate(left, done + 1):
-                answer, attempts = asker.tried(prompt.asked, prompt.max_tokens)
+                tried = asker.tried(prompt.asked, prompt.max_tokens)
                 before = file.records.get(_id(prompt), {}).get("attempts", 0)
-                record = _record(prompt, answer, before + attempts)
+                record = _record(prompt, tried.answer, before + tried.attempts)
                 file.append(record)
-                progress.report(number, _said(answer))
-                errors = _errors_in_a_row(errors, record)
+                progress.report(number, _said(tried.answer))
+                errors = runs.errors_in_a_row(errors, record)
 
 
 @contextlib.contextmanager
-def _results(path: Path, decides: Record, settings: Settings) -> Iterator[journal.Journal]:
+def _results(
+    path: Path,
+    decides: Record,
+    asker: _Asker,
+    is_left: Callable[[Mapping[str, Record]], bool],
+) -> Iterator[journal.Journal]:
+    """The file to go on with, after a greeting if `is_left` says that somebody is asked."""
+    settings = asker.settings
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "base_url": settings.base_url,
     }
-    with journal.opened(
-        path, decides, about, is_new_run=settings.is_new_run, is_repair=settings.is_repair
+    with runs.gone_on_with(
+        path, decides, about, settings, is_left=is_left, server=asker.greeted
     ) as file:
         yield file
 
@@ -302,9 +293,9 @@ def _id(prompt: Prompt) -> str:
     return f"{comparison.TASK}/{prompt.id}"
 
 
-def _is_answered(file: journal.Journal, prompt: Prompt) -> bool:
-    record = file.records.get(_id(prompt))
-    return record is not None and record["outcome"] != ERROR
+def _left(records: Mapping[str, Record], prompts: Sequence[Prompt]) -> list[Prompt]:
+    done = {name for name, record in records.items() if record["outcome"] != ERROR}
+    return [prompt for prompt in prompts if _id(prompt) not in done]
 
 
 def _record(prompt: Prompt, answer: Answer | AskError, attempts: int) -> Record:
@@ -336,16 +327,6 @@ def _said(answer: Answer | AskError) -> str:
     return f"{measured['predicted_n'] or '?'} tokens in {answer.wall_ms / 1000:.1f} s"
 
 
-def _errors_in_a_row(before: int, record: Record) -> int:
-    """Raises AbError once there are so many that the server must be down."""
-    errors = before + 1 if record["outcome"] == ERROR else 0
-    if errors == MAX_ERRORS_IN_A_ROW:
-        raise AbError(
-            f"{errors} errors in a row, the last: {record['error']}. The same command goes on"
-        )
-    return errors
-
-
 # --- judging
 
 
@@ -365,37 +346,43 @@ def _judge(
             file=sys.stderr,
         )
         return 1
+    every = [(pair, order) for pair in shown for order in judge.ORDERS]
     try:
-        with _results(path, decides, settings) as file:
-            _judge_all(file, shown, judge_by, settings)
-    except (AbError, AskError, journal.JournalError, OSError) as exc:
+        with (
+            _Asker.at(judge_by, settings) as asker,
+            _results(path, decides, asker, lambda it: _is_asked(_unjudged(it, every))) as file,
+        ):
+            _judge_all(file, every, asker)
+    except (ServerDown, AskError, journal.JournalError, OSError) as exc:
         print(f"eval.ab: judge {judge_by}: {exc}", file=sys.stderr)
         return 1
     return 0
 
 
-def _judge_all(
-    file: journal.Journal, shown: list[Pair], judge_by: Contestant, settings: Settings
-) -> None:
-    every = [(pair, order) for pair in shown for order in judge.ORDERS]
-    left = [
+def _unjudged(records: Mapping[str, Record], every: Sequence[Seated]) -> list[Seated]:
+    return [
         (pair, order)
         for pair, order in every
-        if not judge.is_done(file.records.get(pair.id(order)), pair)
+        if not judge.is_done(records.get(pair.id(order)), pair)
     ]
+
+
+def _is_asked(left: Sequence[Seated]) -> bool:
+    """Equal texts are a tie without asking."""
+    return any(not pair.is_same_text for pair, _ in left)
+
+
+def _judge_all(file: journal.Journal, every: Sequence[Seated], asker: _Asker) -> None:
+    left = _unjudged(file.records, every)
     done = len(every) - len(left)
-    with (
-        Progress(f"judge {judge_by}", len(every), done, is_json=settings.is_json) as progress,
-        _Asker.at(judge_by, settings) as asker,
-    ):
-        if any(not pair.is_same_text for pair, _ in left):
-            asker.greet()
+    is_json = asker.settings.is_json
+    with Progress(f"judge {asker.contestant}", len(every), done, is_json=is_json) as progress:
         errors = 0
         for number, (pair, order) in enumerate(left, done + 1):
             record = _judged(asker, pair, order)
             file.append(record)
             progress.report(number)
-            errors = _errors_in_a_row(errors, record)
+            errors = runs.errors_in_a_row(errors, record)
 
 
 def _judged(asker: _Asker, pair: Pair, order: str) -> Record:
@@ -403,8 +390,8 @@ def _judged(asker: _Asker, pair: Pair, order: str) -> Record:
     if pair.is_same_text:
         return name | {"outcome": "tie", "reply": "", "is_same_text": True, "measured": {}}
     asked = {"messages": judge.messages(pair, order)}
-    answer, attempts = asker.tried(asked, judge.MAX_TOKENS)
-    name["attempts"] = attempts
+    tried = asker.tried(asked, judge.MAX_TOKENS)
+    answer, name["attempts"] = tried.answer, tried.attempts
     if isinstance(answer, AskError):
         return name | {"outcome": ERROR, "error": str(answer), "measured": {}}
     return name | {

@@ -2,6 +2,9 @@
 
 As a chat (zero-shot, thinking aloud, a last line `Answer: X`), or with --mode logprob as
 the original did: five examples, and the likeliest letter for the next token.
+
+A chat's reply is read twice: strict takes the line that was asked for and nothing else,
+and flexible (eval/letters.py) also what names a letter in other words.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from eval import task
+from eval import letters, task
 from eval.data import LETTERS, Choice, Mmlu, Source
 from eval.task import CORRECT, WRONG, Grade, Question, Reply, allocated
 
@@ -20,7 +23,7 @@ LOGPROB = "logprob"
 MODES = (CHAT, LOGPROB)
 PROMPT_VERSION = "mmlu-chat-1"
 LOGPROB_PROMPT_VERSION = "mmlu-logprob-1"
-GRADER_VERSION = "mmlu-1"
+GRADER_VERSION = "mmlu-2"
 DEFAULT_LIMIT = 100
 SHOTS = 5
 CANDIDATES = 40  # tokens among which the letters are looked for
@@ -88,10 +91,16 @@ def _stem(choice: Choice) -> str:
     return "\n".join([choice.question, *(f"{letter}. {text}" for letter, text in lettered)])
 
 
-def marked(text: str) -> str | None:
+def strict(text: str) -> str | None:
     """The letter of the first `Answer: X`; None if there is none."""
     match = MARKED.search(DRESS.sub("", text))
     return match[1].upper() if match else None
+
+
+def flexible(reply: Reply) -> str | None:
+    """What `strict` reads, and where that is nothing, a letter named in other words."""
+    text = reply.visible
+    return strict(text) or letters.flexible(text, is_cut=reply.is_cut)
 
 
 def likeliest(tokens: Sequence[tuple[str, float]]) -> str | None:
@@ -105,13 +114,19 @@ def _is_letter(token: str) -> bool:
 
 
 def grade(reply: Reply, gold: str) -> Grade:
-    """By the tokens where they were asked for, else by the text."""
+    """By the tokens where they were asked for, else by the text.
+
+    The outcome of a text is by its strict letter; `strict` and `flexible` say which were right.
+    """
     if reply.tokens:
         letter = likeliest(reply.tokens)
-        outcome = task.NO_ANSWER
-    else:
-        letter = marked(reply.visible)
-        outcome = reply.without_answer()
-    if letter is not None:
-        outcome = CORRECT if letter == gold else WRONG
-    return Grade(outcome, letter)
+        return Grade(_outcome(letter, gold, task.NO_ANSWER), letter)
+    letter, named = strict(reply.visible), flexible(reply)
+    more = {"strict": letter == gold, "flexible": named == gold, "flexible_answer": named}
+    return Grade(_outcome(letter, gold, reply.without_answer()), letter, more)
+
+
+def _outcome(letter: str | None, gold: str, without: str) -> str:
+    if letter is None:
+        return without
+    return CORRECT if letter == gold else WRONG

@@ -20,7 +20,7 @@ from eval.results import Record
 from eval.task import ERROR, Reply
 
 INTERRUPTED = 130
-GRADED = ("outcome", "answer", "strict", "flexible", "program_sha256")
+GRADED = ("outcome", "answer", "strict", "flexible", "flexible_answer", "program_sha256")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from bench import journal, page
 from bench.page import Column, Dot, Markup, Value, tag
 from bench.progress import duration
-from eval import results, stats, tasks
+from eval import mmlu, results, stats, tasks
 from eval.results import Result, Summary
 from eval.task import CORRECT, EMPTY, ERROR, NO_ANSWER, OUTCOMES, TRUNCATED, UNSCORED
 
@@ -63,6 +63,25 @@ class Run:
             for record in self.result.records
             if record["outcome"] not in (ERROR, UNSCORED)
         }
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Where replies are read in two ways; the first decides the outcome."""
+        return tasks.readings(self.result.task, self.result.mode)
+
+    @property
+    def right(self) -> list[int | None]:
+        """How many are, by each reading; None by one that an older grader did not know."""
+        others = [self.summary.extra.get(name) for name in self.readings[1:]]
+        return [self.summary.correct, *others]
+
+    @property
+    def read_otherwise(self) -> int:
+        """Replies without an answer, to which the flexible reading gives one."""
+        return sum(
+            record["outcome"] in (NO_ANSWER, TRUNCATED) and bool(record.get("flexible_answer"))
+            for record in self.result.records
+        )
 
     @property
     def is_scored(self) -> bool:
@@ -113,6 +132,10 @@ class Group:
     duels: Sequence[Duel]
     notes: Sequence[str]
 
+    @property
+    def readings(self) -> tuple[str, ...]:
+        return self.runs[0].readings
+
 
 # --- what it comes to
 
@@ -133,10 +156,10 @@ def groups_of(found: Sequence[Result]) -> list[Group]:
 
 def _labelled(found: Sequence[Result]) -> list[Run]:
     """By contestant, and by folder too where one contestant comes twice to a task."""
-    names = [(result.task, str(result.contestant)) for result in found]
+    names = [(result.task, result.mode, str(result.contestant)) for result in found]
     runs = []
     for result, name in zip(found, names, strict=True):
-        label = name[1] if names.count(name) == 1 else f"{name[1]} ({result.path.parent})"
+        label = name[2] if names.count(name) == 1 else f"{name[2]} ({result.path.parent})"
         runs.append(Run(label, result, results.summary(result)))
     return runs
 
@@ -144,8 +167,8 @@ def _labelled(found: Sequence[Result]) -> list[Run]:
 def _group(task: str, number: int, every: Sequence[Sequence[Run]]) -> Group:
     runs = every[number]
     title = TITLES[task]
-    mode = runs[0].decides.get("mode")
-    if mode not in (None, "chat"):
+    mode = runs[0].result.mode
+    if mode != mmlu.CHAT:
         title += f", {mode}"
     notes = []
     if len(every) > 1:
@@ -192,6 +215,16 @@ def _notes(run: Run) -> list[str]:
                 f"{run.label}: {100 * run.rate(outcome):.0f} % of the replies are {words}, and "
                 "count as not right."
             )
+    if one.extra and run.read_otherwise:
+        notes.append(
+            f"{run.label}: read flexibly, {run.read_otherwise} more replies have an answer, and "
+            f"{one.extra.get('flexible', 0)} instead of {one.correct} are right."
+        )
+    if run.readings and one.scored and not one.extra:
+        notes.append(
+            f"{run.label} was graded in one way only: python -m eval.regrade --write reads its "
+            f"replies in both, {' and '.join(run.readings)}."
+        )
     graders = sorted({str(it["grader"]) for it in run.result.records if it.get("grader")})
     if len(graders) > 1:
         notes.append(f"{run.label} was graded by {' and '.join(graders)}: python -m eval.regrade.")
@@ -231,11 +264,9 @@ def _counted(first: Run, second: Run) -> Duel:
 # --- tables
 
 
-def score_columns(task: str) -> list[Column]:
-    if task == "gsm8k":
-        scores = [Column("right (flexible)", True), Column("right (strict)", True)]
-    else:
-        scores = [Column("right", True)]
+def score_columns(readings: Sequence[str]) -> list[Column]:
+    scores = [Column(f"right ({name})", True) for name in readings]
+    scores = scores or [Column("right", True)]
     return [
         Column("contestant"),
         Column("scored", is_number=True),
@@ -251,16 +282,19 @@ def score_columns(task: str) -> list[Column]:
 
 def score_row(run: Run) -> list[page.Cell]:
     one = run.summary
-    counts = [one.extra["flexible"], one.extra["strict"]] if one.extra else [one.correct]
     return [
         run.label,
         f"{one.scored} of {one.questions}",
-        *(percent(count, one.scored) if run.is_scored else "" for count in counts),
+        *("" if count is None else percent(count, one.scored) for count in _scored(run)),
         *(f"{100 * run.rate(name):.0f} %" for name in (TRUNCATED, NO_ANSWER, EMPTY)),
         str(one.predicted_n),
         one.predicted_n / max(1, one.scored + one.unscored),
         duration(one.wall_s),
     ]
+
+
+def _scored(run: Run) -> list[int | None]:
+    return run.right if run.is_scored else [None for _ in run.right]
 
 
 def percent(count: int, total: int) -> str:
@@ -333,7 +367,7 @@ def page_of(groups: Sequence[Group]) -> str:
 def _group_parts(group: Group) -> list[Markup]:
     parts = [page.heading(group.title)]
     parts += [page.note(note, is_warning=True) for note in group.notes]
-    parts.append(page.table(score_columns(group.task), map(score_row, group.runs)))
+    parts.append(page.table(score_columns(group.readings), map(score_row, group.runs)))
     parts.append(_scores_chart(group))
     if group.duels:
         parts.append(_duels_chart(group))
@@ -357,10 +391,11 @@ def _dots(run: Run) -> list[Dot]:
     one = run.summary
     if not run.is_scored:
         return [Dot(run.label, "not scored yet")]
-    if not one.extra:
-        return [_dot(run.label, one.correct, one.scored)]
+    labels = [f"{run.label}, {name}" for name in run.readings] or [run.label]
     return [
-        _dot(f"{run.label}, {name}", one.extra[name], one.scored) for name in ("flexible", "strict")
+        _dot(label, count, one.scored)
+        for label, count in zip(labels, run.right, strict=True)
+        if count is not None
     ]
 
 
@@ -395,7 +430,7 @@ def markdown_of(groups: Sequence[Group]) -> str:
     for group in groups:
         parts.append(f"## {group.title}\n")
         parts += [f"> {note}\n" for note in group.notes]
-        parts.append(page.markdown_table(score_columns(group.task), map(score_row, group.runs)))
+        parts.append(page.markdown_table(score_columns(group.readings), map(score_row, group.runs)))
         parts.append(page.markdown_table(OUTCOME_COLUMNS, map(outcome_row, group.runs)))
         if group.duels:
             parts.append("".join(f"- {duel.sentence()}\n" for duel in group.duels))

@@ -1,7 +1,8 @@
 """What a run has left in its folder, and what it comes to.
 
-A folder has one file for each task and contestant, TASK.SLUG.jsonl, and one with the
-verdicts on programs, humaneval-verdicts.jsonl, which are joined here to the replies.
+A folder has one file for each task and contestant, TASK.SLUG.jsonl (mmlu-logprob.SLUG.jsonl
+for MMLU's other mode), and one with the verdicts on programs, humaneval-verdicts.jsonl,
+which are joined here to the replies.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import journal
-from eval import stats, tasks
+from eval import mmlu, stats, tasks
 from eval.contestant import Contestant, from_header
 from eval.task import CORRECT, ERROR, OUTCOMES, UNSCORED, WRONG
 
@@ -38,6 +39,10 @@ class Result:
         return str(self.header["decides"]["task"])
 
     @property
+    def mode(self) -> str:
+        return str(self.header["decides"].get("mode") or mmlu.CHAT)
+
+    @property
     def contestant(self) -> Contestant:
         return from_header(self.header["decides"]["contestant"])
 
@@ -57,7 +62,7 @@ class Summary:
     scored: int
     correct: int
     outcomes: Mapping[str, int]
-    extra: Mapping[str, int]  # GSM8K: how many were right strictly and flexibly
+    extra: Mapping[str, int]  # how many were right strictly and flexibly, where both were read
     unscored: int
     predicted_n: int
     wall_s: float
@@ -80,8 +85,8 @@ class Summary:
         return fields | {"share": self.share, "low": low, "high": high, "is_whole": self.is_whole}
 
 
-def file_of(folder: Path, task: str, contestant: Contestant) -> Path:
-    return folder / f"{task}.{contestant.slug}.jsonl"
+def file_of(folder: Path, task: str, contestant: Contestant, mode: str = mmlu.CHAT) -> Path:
+    return folder / f"{tasks.stem(task, mode)}.{contestant.slug}.jsonl"
 
 
 def read(path: Path) -> Result:
@@ -100,7 +105,7 @@ def read_folders(folders: Iterable[Path]) -> list[Result]:
     found = []
     for folder in folders:
         for path in sorted(folder.glob("*.jsonl")):
-            if path.name.split(".")[0] in tasks.NAMES and not SET_ASIDE.search(path.name):
+            if path.name.split(".")[0] in tasks.STEMS and not SET_ASIDE.search(path.name):
                 found.append(read(path))
     return found
 
@@ -125,11 +130,6 @@ def summary(result: Result) -> Summary:
     counts = Counter(record["outcome"] for record in result.records)
     scored = sum(counts[name] for name in OUTCOMES if name != ERROR)
     measured = [record["measured"] for record in result.records if "measured" in record]
-    extra = {
-        name: sum(bool(record.get(name)) for record in result.records)
-        for name in ("strict", "flexible")
-        if any(name in record for record in result.records)
-    }
     return Summary(
         task=result.task,
         contestant=result.contestant,
@@ -137,11 +137,20 @@ def summary(result: Result) -> Summary:
         scored=scored,
         correct=counts[CORRECT],
         outcomes={name: counts[name] for name in OUTCOMES},
-        extra=extra,
+        extra=_by_reading(result),
         unscored=counts[UNSCORED],
         predicted_n=sum(row.get("predicted_n") or 0 for row in measured),
         wall_s=round(sum(row.get("wall_ms") or 0 for row in measured) / 1000, 1),
     )
+
+
+def _by_reading(result: Result) -> dict[str, int]:
+    """How many each reading found right; none where an older grader read in one way only."""
+    replies = [record for record in result.records if record["outcome"] != ERROR]
+    names = ("strict", "flexible")
+    if not replies or any(name not in record for record in replies for name in names):
+        return {}
+    return {name: sum(bool(record[name]) for record in replies) for name in names}
 
 
 def sentence(one: Summary) -> str:

@@ -7,7 +7,6 @@ killed goes on where it was: the same command again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -24,25 +23,20 @@ from typing import Any
 from bench import journal
 from bench.progress import Progress
 from eval import contestant as contestants
-from eval import mmlu, options, results, tasks, verdicts
+from eval import mmlu, options, results, runs, tasks, verdicts
 from eval.client import Answer, AskError, Client, greedy
 from eval.contestant import Contestant
 from eval.data import DataError, Source
 from eval.results import Record, Summary
+from eval.runs import ServerDown, Tried
 from eval.task import CORRECT, ERROR, UNSCORED, Question, Reply
 from eval.tasks import Task
 
 DEFAULT_OUT = Path("eval-results")
 MAX_TOKENS = 2048
 MAX_TOKENS_THINKING = 8192
-RETRY_PAUSE_S = 1.0  # and then twice, three times as long
-MAX_ERRORS_IN_A_ROW = 5  # then the server is down, and the rest would fail alike
 POLL_S = 0.5  # Windows delivers Ctrl-C only between waits
 INTERRUPTED = 130
-
-
-class RunError(Exception):
-    """This contestant cannot go on; in words for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +166,7 @@ def _run_all(loaded: list[Task], chosen: list[Contestant], settings: Settings) -
         for task in loaded:
             try:
                 found.append(_run(task, contestant, settings))
-            except (RunError, AskError, journal.JournalError, OSError) as exc:
+            except (ServerDown, AskError, journal.JournalError, OSError) as exc:
                 print(f"eval: {task.name}, {contestant}: {exc}", file=sys.stderr)
                 is_failed = True
     _show(found, settings)
@@ -181,15 +175,14 @@ def _run_all(loaded: list[Task], chosen: list[Contestant], settings: Settings) -
 
 def _run(task: Task, contestant: Contestant, settings: Settings) -> Summary:
     """Ask what is not yet answered, run what is not yet run."""
-    path = results.file_of(settings.out, task.name, contestant)
-    decides = _decides(task, contestant, settings)
-    about = _about(task, settings)
-    if not _is_done(path, decides, task, settings):
-        with settings.client() as client:
-            about["server"] = _server(client, task, contestant, settings)
-        _check_server(path, decides, about["server"], settings)
-    with journal.opened(
-        path, decides, about, is_new_run=settings.is_new_run, is_repair=settings.is_repair
+    path = results.file_of(settings.out, task.name, contestant, task.mode)
+    with runs.gone_on_with(
+        path,
+        _decides(task, contestant, settings),
+        _about(task, settings),
+        settings,
+        is_left=lambda records: bool(_left(records, task)),
+        server=lambda: _server(task, contestant, settings),
     ) as results_file:
         _ask_all(results_file, task, contestant, settings)
     if task.problems and settings.allows_code:
@@ -236,80 +229,17 @@ def _body_of_all(task: Task, settings: Settings) -> Record:
     return greedy(settings.max_tokens, settings.seed) | kwargs
 
 
-def _is_done(path: Path, decides: Record, task: Task, settings: Settings) -> bool:
-    """Whether the very run is in the file, whole: then nobody needs to be asked.
-
-    Raises OtherRun before anybody is asked in vain.
-    """
-    try:
-        contents = journal.read(path)
-    except (OSError, journal.JournalError):
-        return False  # journal.opened makes it, or says it better
-    if contents.header["run_key"] != journal.run_key(decides):
-        if settings.is_new_run:
-            return False
-        raise journal.OtherRun(path, journal.differences(contents.header["decides"], decides))
-    return not contents.broken and not _left(contents.records, task)
-
-
 def _left(records: Mapping[str, Record], task: Task) -> list[Question]:
     done = {name for name, record in records.items() if record["outcome"] != ERROR}
     return [question for question in task.questions if question.id not in done]
 
 
-# --- the server
-
-
-def _server(client: Client, task: Task, contestant: Contestant, settings: Settings) -> Record:
+def _server(task: Task, contestant: Contestant, settings: Settings) -> Record:
     """Who will answer: learned by a first request, which loads the model too."""
     hello = Question("", "", ({"role": "user", "content": "Hello"},), "Hello")
-    first = _asked(client, task, contestant, settings, hello, one_token=True)
-    return _described(client, first)
-
-
-def _described(client: Client, first: Answer) -> Record:
-    props = client.props()
-    rows = [row for row in client.sidecars() if row.get("hash") == first.sidecar]
-    row = rows[0] if rows else {}
-    model_path = row.get("model_path") or props.get("model_path") or ""
-    return {
-        "build": props.get("build_info") or first.build,
-        "args": row.get("args"),
-        "sidecar": first.sidecar,
-        "n_ctx": (props.get("default_generation_settings") or {}).get("n_ctx"),
-        "slots": props.get("total_slots"),
-        "model_path": model_path,
-        **_file_facts(model_path),
-    }
-
-
-def _file_facts(model_path: str) -> Record:
-    """Size and time of the model file, where the server is on this machine."""
-    with contextlib.suppress(OSError, ValueError):
-        stat = Path(model_path).stat()
-        when = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC)
-        return {"model_bytes": stat.st_size, "model_mtime": when.isoformat(timespec="seconds")}
-    return {"model_bytes": None, "model_mtime": None}
-
-
-def _check_server(path: Path, decides: Record, now: Record, settings: Settings) -> None:
-    """Refuse to go on with another llama.cpp or model file than the run began with."""
-    if not path.exists():
-        return
-    try:
-        header = journal.read(path).header
-    except journal.JournalError:
-        return  # journal.opened says it better
-    then = header["about"].get("server") or {}
-    names = ("build", "model_bytes", "model_mtime")
-    changed = [name for name in names if then.get(name) and then[name] != now[name]]
-    if header["run_key"] != journal.run_key(decides) or not changed:
-        return
-    if settings.is_new_run:
-        journal.set_aside(path)
-        return
-    shown = ", ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
-    raise RunError(f"{path} was begun with another server: {shown}. --new-run begins anew")
+    with settings.client() as client:
+        first = _asked(client, task, contestant, settings, hello, one_token=True)
+        return runs.described(client, first)
 
 
 # --- questions
@@ -327,31 +257,12 @@ def _ask_all(
         ) as progress,
         _Askers(task, contestant, settings) as askers,
     ):
-        errors_in_a_row = 0
+        errors = 0
         for question, answer in askers.answers(left):
             record = _record(task, question, answer, results_file)
             results_file.append(record)
             _report(progress, results_file, total)
-            errors_in_a_row = errors_in_a_row + 1 if record["outcome"] == ERROR else 0
-            if errors_in_a_row == MAX_ERRORS_IN_A_ROW:
-                raise RunError(
-                    f"{errors_in_a_row} errors in a row, the last: {record['error']}. "
-                    "The same command goes on"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failed:
-    """Instead of an answer; `attempts` were made for it."""
-
-    error: AskError
-    attempts: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answered:
-    answer: Answer
-    attempts: int
+            errors = runs.errors_in_a_row(errors, record)
 
 
 class _Askers:
@@ -374,12 +285,10 @@ class _Askers:
         for client in self._clients:
             client.close()
 
-    def answers(
-        self, questions: Sequence[Question]
-    ) -> Iterator[tuple[Question, _Answered | _Failed]]:
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Tried]]:
         """As they come. The next question goes out when the caller comes back for more."""
         left, free = deque(questions), list(self._clients)
-        running: dict[Future[_Answered | _Failed], tuple[Question, Client]] = {}
+        running: dict[Future[Tried], tuple[Question, Client]] = {}
         while left or running:
             while left and free:
                 question, client = left.popleft(), free.pop()
@@ -399,19 +308,10 @@ def _tried(
     stopping: threading.Event,
     client: Client,
     question: Question,
-) -> _Answered | _Failed:
-    """Up to `tries` times. Raises AskError where no question will be answered."""
-    for attempt in range(1, settings.tries + 1):
-        try:
-            answer = _asked(client, task, contestant, settings, question)
-            return _Answered(answer, attempt)
-        except AskError as exc:
-            if exc.is_hopeless:
-                raise
-            is_last = attempt == settings.tries or not exc.is_retryable
-            if is_last or stopping.wait(RETRY_PAUSE_S * attempt):
-                return _Failed(exc, attempt)
-    raise AssertionError("tries is at least 1")
+) -> Tried:
+    """Raises AskError where no question will be answered."""
+    ask = functools.partial(_asked, client, task, contestant, settings, question)
+    return runs.tried(ask, settings.tries, stopping.wait)
 
 
 def _asked(
@@ -434,15 +334,14 @@ def _asked(
 def _record(
     task: Task,
     question: Question,
-    answered: _Answered | _Failed,
+    answered: Tried,
     results_file: journal.Journal,
 ) -> Record:
     before = results_file.records.get(question.id, {}).get("attempts", 0)
     attempts = before + answered.attempts
-    if isinstance(answered, _Failed):
-        error = str(answered.error)
-        return {"id": question.id, "outcome": ERROR, "error": error, "attempts": attempts}
     answer = answered.answer
+    if isinstance(answer, AskError):
+        return {"id": question.id, "outcome": ERROR, "error": str(answer), "attempts": attempts}
     grade = task.grade(question.id, Reply.of_answer(answer), question.gold)
     tokens = {"tokens": [list(pair) for pair in answer.tokens]} if answer.tokens else {}
     return {

@@ -13,6 +13,11 @@ from eval.task import UNSCORED, Grade, Question, Reply, sample
 HUMANEVAL_NAME = "humaneval"
 HUMANEVAL_LIMIT = 164
 NAMES = (mmlu.NAME, gsm8k.NAME, HUMANEVAL_NAME)
+# Where a reply is read in two ways; the outcome goes by the first.
+READINGS = {
+    (mmlu.NAME, mmlu.CHAT): ("strict", "flexible"),
+    (gsm8k.NAME, mmlu.CHAT): ("flexible", "strict"),
+}
 
 Grader = Callable[[str, Reply, str], Grade]  # of an id, what was stored, and the right answer
 
@@ -37,6 +42,18 @@ class Task:
     @property
     def ids_sha256(self) -> str:
         return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()
+
+
+def stem(name: str, mode: str) -> str:
+    """What its files of results begin with: a mode of its own has files of its own."""
+    return name if mode == mmlu.CHAT else f"{name}-{mode}"
+
+
+STEMS = (*NAMES, stem(mmlu.NAME, mmlu.LOGPROB))
+
+
+def readings(name: str, mode: str) -> tuple[str, ...]:
+    return READINGS.get((name, mode), ())
 
 
 def default_limit(name: str) -> int:

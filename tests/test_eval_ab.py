@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bench import journal
-from eval import ab, comparison, judge, roles, votes
+from bench.parts import free_port
+from eval import ab, comparison, judge, roles, runs, votes
 from eval.checks import Reply
 from eval.comparison import duels
 from eval.contestant import Contestant
@@ -29,6 +31,7 @@ from tests import real_parts
 from tests.browser import opened
 from tests.daemon import ROOT, Daemon, bare_environment, free_port_range, started_daemon, wait_until
 from tests.eval_parts import serving
+from tests.llama_server import started_server
 from tests.test_eval_checks import ROLES, golden
 
 if TYPE_CHECKING:
@@ -265,6 +268,7 @@ class Scripted:
         self.failures: Counter[tuple[str, str]] = Counter()  # how often a role fails first
         self.is_biased = False
         self.is_mumbling = False
+        self.build = "b0"
         self.held = ""  # the role that gets no answer until `let_go`
         self.let_go = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -290,8 +294,11 @@ class Scripted:
             self.failures[model, role] -= 1
             return 500, {"error": {"message": "the slot broke", "code": "upstream_failed"}}
         if model == "judge":
-            return 200, chat(Reply(self._judged(body["messages"][-1]["content"])))
-        return 200, chat(golden(f"{role}.{model}") if role else Reply("Hello"))
+            return 200, self._chat(Reply(self._judged(body["messages"][-1]["content"])))
+        return 200, self._chat(golden(f"{role}.{model}") if role else Reply("Hello"))
+
+    def _chat(self, reply: Reply) -> dict[str, Any]:
+        return chat(reply) | {"system_fingerprint": self.build}
 
     def _judged(self, text: str) -> str:
         seats = dict(re.findall(r"=== REPLY (.) \S+ ===\n(.*?)\n=== END OF REPLY", text, re.DOTALL))
@@ -400,7 +407,7 @@ def test_what_failed_is_asked_again_and_nothing_else(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ab, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(runs, "RETRY_PAUSE_S", 0.0)
     server.failures["good", "sql"] = 3
     server.failures["good", "shell"] = 1
     assert compare(server, tmp_path, "--model", "good") == 1
@@ -430,7 +437,7 @@ def test_a_dead_server_is_given_up(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ab, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(runs, "RETRY_PAUSE_S", 0.0)
     for role in ROLES:
         server.failures["good", role] = 99
     assert compare(server, tmp_path, "--model", "good", "--tries", "1") == 1
@@ -447,6 +454,62 @@ def test_a_run_with_other_settings_is_refused(
     assert compare(server, tmp_path, "--model", "good", "--seed", "2", "--new-run") == 0
     assert len(list(tmp_path.glob("ab.good*.jsonl"))) == 2
     assert len(numbers(tmp_path, capsys)["sides"]) == 1, "what was set aside is not compared"
+
+
+def test_another_build_of_the_server_is_not_mixed_into_a_comparison(
+    server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.build = "b1"
+    interrupted(server, tmp_path, "--model", "good")
+    server.build = "b2"
+    server.asked.clear()
+    assert compare(server, tmp_path, "--model", "good") == 1
+    assert "was begun with another server: build b1, now b2. --new-run" in capsys.readouterr().err
+    assert server.questions == [], "it was asked all the same"
+    assert compare(server, tmp_path, "--model", "good", "--new-run") == 0
+    assert [role for _, _, role in server.questions] == ROLES
+    assert len(numbers(tmp_path, capsys)["sides"]) == 1
+    server.build = "b3"
+    server.asked.clear()
+    assert compare(server, tmp_path, "--model", "good") == 0
+    assert server.asked == [], "a whole run needs no server"
+
+
+def test_another_build_is_no_matter_to_a_file_that_does_not_say_which_it_had(
+    server: Scripted, tmp_path: Path
+) -> None:
+    interrupted(server, tmp_path, "--model", "good")
+    (file,) = tmp_path.glob("ab.*.jsonl")
+    header, *rest = file.read_bytes().splitlines(keepends=True)
+    old = json.loads(header)
+    del old["about"]["server"]
+    file.write_bytes(b"".join([journal.as_line(old), *rest]))
+    assert compare(server, tmp_path, "--model", "good") == 0
+
+
+def test_another_build_of_a_judge_is_refused_too(
+    server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = str(only(tmp_path, "sql", "coder"))
+    chosen = ("--models", "good,bad", "--prompts", prompts, "--judge", "judge")
+    out = tmp_path / "out"
+    server.build = "b1"
+    assert compare(server, out, *chosen) == 0
+    (file,) = out.glob("ab-judge.*.jsonl")
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+    server.build = "b2"
+    assert compare(server, out, *chosen) == 1
+    assert "build b1, now b2" in capsys.readouterr().err
+    server.build = "b1"
+    assert compare(server, out, *chosen) == 0
+    assert len(journal.read(file).records) == 4
+
+
+def interrupted(server: Scripted, folder: Path, *words: str) -> None:
+    """A comparison that is not whole: its last question is still to be asked."""
+    assert compare(server, folder, *words) == 0
+    (file,) = folder.glob("ab.*.jsonl")
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal only on POSIX")
@@ -527,6 +590,15 @@ def test_a_judge_is_not_shown_its_own_replies(
     assert compare(server, tmp_path / "out", *chosen, "--judge", "good") == 1
     assert "does not judge its own replies" in capsys.readouterr().err
     assert [asked for asked in server.asked if asked[2] not in ("sql", "")] == []
+
+
+def test_a_judge_of_equal_texts_is_not_even_greeted(server: Scripted, tmp_path: Path) -> None:
+    chosen = ["--contestant", "good", "--contestant", "good -c 512"]
+    chosen += ["--prompts", str(only(tmp_path, "sql"))]
+    assert compare(server, tmp_path / "out", *chosen, "--judge", "judge") == 0
+    assert {model for model, _, _ in server.asked} == {"good"}
+    (file,) = (tmp_path / "out").glob("ab-judge.*.jsonl")
+    assert [it["outcome"] for it in journal.read(file).records.values()] == ["tie", "tie"]
 
 
 def test_votes_are_part_of_the_report(
@@ -728,3 +800,32 @@ def test_a_comparison_that_is_killed_and_gone_on_with_is_that_of_an_unbroken_run
     assert (broken / ab.PAGE).exists()
     for path in broken.glob("ab.*.jsonl"):
         assert len(journal.read(path).records) == PROMPTS
+
+
+@pytest.mark.integration
+def test_another_model_file_is_not_mixed_into_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(real_parts.tiny(stop=True).read_bytes())
+    port = free_port()
+    command = [real_parts.llama_server_bin(), "-m", model, "--port", port, "-c", 8192]
+    texts = [str(word) for word in [*command, "-np", 1, "-t", 1]]
+    prompts = only(tmp_path, "sql", "coder")
+    words = ["--base-url", f"http://127.0.0.1:{port}", "--out", str(tmp_path / "out")]
+    words += ["--prompts", str(prompts), "--model", "tiny"]
+    with started_server(texts, port, tmp_path / "log", bare_environment()):
+        assert ab.main(words) == 0
+        (file,) = (tmp_path / "out").glob("ab.*.jsonl")
+        server = journal.read(file).header["about"]["server"]
+        assert server["model_bytes"] == model.stat().st_size
+        assert server["build"]
+        before = b"".join(file.read_bytes().splitlines(keepends=True)[:-1])
+        file.write_bytes(before)
+        os.utime(model, (1e9, 1e9))
+        assert ab.main(words) == 1
+        told = capsys.readouterr().err
+        assert f"model_mtime {server['model_mtime']}, now 2001-09-09T01:46:40+00:00" in told
+        assert file.read_bytes() == before
+        assert ab.main([*words, "--new-run"]) == 0
+    assert len(list((tmp_path / "out").glob("ab.*.jsonl"))) == 2

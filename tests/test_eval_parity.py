@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from eval import gsm8k, mmlu
+from eval.task import Reply
 
 REPLIES = json.loads(Path(__file__).with_name("lm_eval_replies.json").read_text(encoding="ascii"))
 NOTHING = "[invalid]"  # what it calls a reply in which it finds none
@@ -51,6 +52,9 @@ def test_the_same_sums_are_right(row: dict[str, Any]) -> None:
 @each_choice
 def test_the_letter_is_the_same(row: dict[str, Any]) -> None:
     """The prompt of its generative task ends with `Answer:`, which the reply goes on."""
-    letter = mmlu.marked(f"Answer:{row['reply']}")
+    reply = Reply(f"Answer:{row['reply']}", "stop")
+    letter = mmlu.strict(reply.text)
+    assert mmlu.flexible(reply) == letter, "what is strict is flexible too"
+    assert mmlu.grade(reply, row["gold"]).more["strict"] == (letter == row["gold"])
     assert letter == row["extracted"]["get_response"]
     assert (letter == row["gold"]) == row["is_right"]["get_response"]

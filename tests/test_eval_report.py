@@ -43,7 +43,7 @@ def run_in(
         "seed": 1,
         "sampling": {"max_tokens": 100},
     }
-    path = file_of(folder, task, contestant)
+    path = file_of(folder, task, contestant, decides.get("mode", "chat"))
     with journal.opened(path, header | decides, {"ids": ids}) as file:
         for name, outcome in zip(ids, outcomes, strict=False):
             file.append(record(name, outcome, task))
@@ -58,6 +58,8 @@ def record(name: str, outcome: str, task: str) -> dict[str, Any]:
         found["measured"] = {"wall_ms": 1500.0, "predicted_n": 20}
     if task == "gsm8k":
         found |= {"flexible": outcome == RIGHT, "strict": outcome == RIGHT and name != "gsm8k/0"}
+    if task == "mmlu":
+        found |= {"strict": outcome == RIGHT, "flexible": outcome == RIGHT}
     return found
 
 
@@ -73,7 +75,11 @@ def test_scores_with_intervals_and_how_the_rest_ended(tmp_path: Path) -> None:
     run_in(tmp_path, A, outcomes)
     (group,) = groups(tmp_path)
     row = [str(cell) for cell in report.score_row(group.runs[0])]
-    assert row == ("alpha|20 of 20|35.0 % [18.1, 56.7]|10 %|20 %|10 %|400|20.0|30 s".split("|"))
+    assert row == (
+        "alpha|20 of 20|35.0 % [18.1, 56.7]|35.0 % [18.1, 56.7]|10 %|20 %|10 %|400|20.0|30 s".split(
+            "|"
+        )
+    )
     assert report.outcome_row(group.runs[0]) == ["alpha", *"7 5 4 2 2 0 0".split()]
     assert group.duels == []
     assert any("20 % of the replies are without an answer" in note for note in group.notes)
@@ -82,10 +88,52 @@ def test_scores_with_intervals_and_how_the_rest_ended(tmp_path: Path) -> None:
 def test_gsm8k_has_a_strict_and_a_flexible_score(tmp_path: Path) -> None:
     run_in(tmp_path, A, [RIGHT] * 5 + [WRONG] * 5, task="gsm8k")
     (group,) = groups(tmp_path)
-    titles = [column.title for column in report.score_columns("gsm8k")]
+    titles = [column.title for column in report.score_columns(group.readings)]
     shown = dict(zip(titles, report.score_row(group.runs[0]), strict=True))
     assert shown["right (flexible)"] == "50.0 % [23.7, 76.3]"
     assert shown["right (strict)"] == "40.0 % [16.8, 68.7]"
+
+
+def test_mmlu_has_a_strict_score_first_and_a_flexible_one_beside_it(tmp_path: Path) -> None:
+    path = run_in(tmp_path, A, [RIGHT] * 5 + ["no_answer"] * 5)
+    (group,) = groups(tmp_path)
+    assert not any("read flexibly" in note for note in group.notes)
+    text = path.read_bytes()
+    for number, letter in ((5, "B"), (6, "C")):
+        old = b'"strict":false,"flexible":false}\n'
+        at = text.index(old, text.index(b'"id":"mmlu/%d"' % number))
+        new = {"strict": False, "flexible": letter == "B", "flexible_answer": letter}
+        text = text[:at] + journal.as_line(new)[1:] + text[at + len(old) :]
+    path.write_bytes(text)
+    (group,) = groups(tmp_path)
+    titles = [column.title for column in report.score_columns(group.readings)]
+    assert titles[2:4] == ["right (strict)", "right (flexible)"]
+    assert report.score_row(group.runs[0])[2:4] == ["50.0 % [23.7, 76.3]", "60.0 % [31.3, 83.2]"]
+    told = "alpha: read flexibly, 2 more replies have an answer, and 6 instead of 5 are right."
+    assert told in group.notes
+
+
+def test_replies_that_an_older_grader_read_in_one_way_have_one_score_and_it_says_so(
+    tmp_path: Path,
+) -> None:
+    path = run_in(tmp_path, A, [RIGHT] * 4)
+    path.write_bytes(path.read_bytes().replace(b',"strict":true,"flexible":true', b"", 1))
+    (group,) = groups(tmp_path)
+    assert group.runs[0].summary.extra == {}
+    assert report.score_row(group.runs[0])[2:4] == ["100.0 % [51.0, 100.0]", ""]
+    assert any("regrade --write reads its replies in both" in note for note in group.notes)
+    assert "alpha, flexible" not in report.page_of([group])
+
+
+def test_the_two_modes_of_mmlu_in_one_folder_are_two_tables(tmp_path: Path) -> None:
+    run_in(tmp_path, A, [RIGHT] * 4)
+    run_in(tmp_path, A, [WRONG] * 4, mode="logprob")
+    logprob, chat = groups(tmp_path)
+    assert logprob.title == "MMLU, logprob, questions 1 of 2"
+    assert chat.title == "MMLU, questions 2 of 2"
+    assert [group.runs[0].label for group in (chat, logprob)] == ["alpha", "alpha"]
+    assert [column.title for column in report.score_columns(logprob.readings)][2] == "right"
+    assert report.score_row(logprob.runs[0])[2:4] == ["0.0 % [0.0, 49.0]", "0 %"]
 
 
 def test_two_contestants_are_compared_question_by_question(tmp_path: Path) -> None:
@@ -157,6 +205,7 @@ def test_an_unfinished_run_says_so_and_counts_what_is_there(tmp_path: Path) -> N
     assert "alpha is not finished: 3 of 10 questions asked." in told
     assert "alpha: 1 questions have no reply" in told
     assert report.score_row(group.runs[0])[1:3] == ["2 of 10", "50.0 % [9.5, 90.5]"]
+    assert not any("in one way only" in note for note in group.notes), "an error is no reply"
 
 
 def test_before_its_programs_were_run_a_contestant_has_no_score(tmp_path: Path) -> None:
@@ -215,7 +264,9 @@ def test_markdown_and_json_write_no_page(
     run_in(tmp_path, C, [RIGHT] * 7 + [WRONG] * 3)
     assert report.main([str(tmp_path), "--markdown"]) == 0
     said = capsys.readouterr().out
-    assert "| alpha | 10 of 10 | 70.0 % [39.7, 89.2] | 0 % | 0 % | 0 % |" in said
+    assert (
+        "| alpha | 10 of 10 | 70.0 % [39.7, 89.2] | 70.0 % [39.7, 89.2] | 0 % | 0 % | 0 % |" in said
+    )
     assert "alpha against gamma: no difference shown" in said
     assert report.main([str(tmp_path), "--json"]) == 0
     (group,) = json.loads(capsys.readouterr().out)["groups"]
@@ -246,7 +297,7 @@ def test_the_page_in_a_browser(tmp_path: Path, browser: Browser, is_dark: bool) 
     assert report.main([str(tmp_path)]) == 0
     with opened(browser, tmp_path / "report.html", is_dark=is_dark) as view:
         assert view.page.locator("svg").count() == 3
-        assert view.page.locator("svg").first.locator(".dot").count() == 3
+        assert view.page.locator("svg").first.locator(".dot").count() == 6, "two readings each"
         assert view.page.locator("svg").nth(1).locator(".good, .bad").count() == 2
         assert view.page.locator("main b").count() == 0, "a name became markup"
         assert (view.collisions(), view.complaints, view.requests) == ([], [], [])

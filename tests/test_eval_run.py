@@ -16,7 +16,7 @@ import pytest
 
 from bench import journal
 from bench.parts import free_port
-from eval import regrade, results, run
+from eval import regrade, results, run, runs
 from eval.contestant import Contestant
 from tests import real_parts
 from tests.daemon import ROOT, bare_environment, free_port_range, started_daemon, wait_until
@@ -54,15 +54,17 @@ class Bench:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.data = small_data(folder / "data", monkeypatch)
         self.out = folder / "out"
-        monkeypatch.setattr(run, "RETRY_PAUSE_S", 0.001)
+        monkeypatch.setattr(runs, "RETRY_PAUSE_S", 0.001)
 
     def main(self, server: Replying, *words: str, task: str = "gsm8k", model: str = "m") -> int:
         fixed = ["--task", task, "--base-url", server.url, "--data-dir", str(self.data)]
         named = ["--model", model] if model else []
         return run.main([*fixed, *named, "--out", str(self.out), *words])
 
-    def file(self, task: str = "gsm8k", contestant: Contestant | None = None) -> Path:
-        return results.file_of(self.out, task, contestant or Contestant("m"))
+    def file(
+        self, task: str = "gsm8k", contestant: Contestant | None = None, mode: str = "chat"
+    ) -> Path:
+        return results.file_of(self.out, task, contestant or Contestant("m"), mode)
 
     def records(self, task: str = "gsm8k") -> dict[str, dict[str, Any]]:
         return journal.read(self.file(task)).records
@@ -138,7 +140,7 @@ def test_a_server_that_is_down_ends_the_run_soon(
 ) -> None:
     with Replying(lambda body: (500, {"error": {"message": "boom"}})).running() as server:
         assert bench.main(server, "--tries", "1") == 1
-        assert len(server.bodies) == run.MAX_ERRORS_IN_A_ROW
+        assert len(server.bodies) == runs.MAX_ERRORS_IN_A_ROW
     told = capsys.readouterr().err
     assert "5 errors in a row" in told
     assert "boom" in told
@@ -173,6 +175,54 @@ def test_other_settings_are_not_mixed_into_a_run(
     assert bench.file().with_suffix(".1.jsonl").read_bytes() == before
     (only,) = results.read_folders([bench.out])
     assert only.header["decides"]["seed"] == 9
+
+
+def test_the_two_modes_of_mmlu_have_a_file_each(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Replying(letter_b).running() as server:
+        assert bench.main(server, task="mmlu") == 0
+        assert bench.main(server, "--mode", "logprob", task="mmlu") == 0
+        assert bench.main(server, task="mmlu") == 0
+    assert len(server.bodies) == 12, "a mode that was asked is not asked again"
+    names = {path.name for path in bench.out.glob("*.jsonl")}
+    slug = Contestant("m").slug
+    assert names == {f"mmlu.{slug}.jsonl", f"mmlu-logprob.{slug}.jsonl"}
+    logprob, chat = results.read_folders([bench.out])
+    assert (chat.mode, logprob.mode) == ("chat", "logprob")
+    assert {*results.summary(chat).extra} == {"strict", "flexible"}
+    assert results.summary(logprob).extra == {}
+    capsys.readouterr()
+    assert regrade.main([str(bench.out)]) == 0
+    assert capsys.readouterr().out.count("6 replies, 0 would change") == 2
+
+
+def test_a_file_of_the_other_mode_is_not_gone_on_with(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both modes once had files of one name."""
+    with Replying(letter_b).running() as server:
+        assert bench.main(server, "--mode", "logprob", task="mmlu") == 0
+        bench.file("mmlu", mode="logprob").rename(bench.file("mmlu"))
+        del server.bodies[:]
+        assert bench.main(server, task="mmlu") == 1
+        assert server.bodies == []
+    assert 'mode: "logprob", now "chat"' in capsys.readouterr().err
+    (only,) = results.read_folders([bench.out])
+    assert only.mode == "logprob", "an old file is read as what it is"
+
+
+def letter_b(body: dict[str, Any]) -> Said:
+    """ "B. x" in a chat; the likeliest token where candidates are asked for."""
+    if "messages" in body:
+        return chat("B. x")
+    top = [{"token": " B", "logprob": -0.1}, {"token": " A", "logprob": -2.0}]
+    choice = {
+        "text": " B",
+        "finish_reason": "length",
+        "logprobs": {"content": [top[0] | {"top_logprobs": top}]},
+    }
+    return 200, {"choices": [choice], "usage": {}, "system_fingerprint": "fake-1"}
 
 
 def test_another_build_of_the_server_is_not_mixed_into_a_run(
@@ -317,6 +367,43 @@ def test_stored_replies_are_graded_again_without_asking(
     capsys.readouterr()
     assert regrade.main([str(bench.out), "--json"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_old_replies_to_mmlu_are_read_flexibly_too_and_stay_what_they_were_strictly(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = iter(["Answer: A", "B. x", "The answer is C.", "A. w\nB. x\nC. y", "(B) x", "no idea"])
+    with Replying(lambda body: chat(next(said))).running() as server:
+        assert bench.main(server, task="mmlu") == 0
+    told = capsys.readouterr().out
+    assert "no_answer 5, strict 1/6, flexible 4/6" in told
+    new = ("strict", "flexible", "flexible_answer")
+    lines = [json.loads(line) for line in bench.file("mmlu").read_bytes().splitlines()]
+    whole = {record["id"]: record for record in lines[1:]}
+    assert [record["flexible_answer"] for record in whole.values()] == [
+        "A",
+        "B",
+        "C",
+        None,
+        "B",
+        None,
+    ]
+    older = [
+        {key: it for key, it in line.items() if key not in new}
+        | ({"grader": "mmlu-1"} if "id" in line else {})
+        for line in lines
+    ]
+    bench.file("mmlu").write_bytes(b"".join(map(journal.as_line, older)))
+    before = [(record["outcome"], record["answer"]) for record in older[1:]]
+    assert regrade.main([str(bench.out)]) == 0
+    told = capsys.readouterr().out
+    changed = "strict None -> False, flexible None -> True, flexible_answer None -> B"
+    assert f"mmlu/art/1: {changed}" in told
+    assert "6 replies, 6 would change" in told
+    assert regrade.main([str(bench.out), "--write"]) == 0
+    now = bench.records("mmlu")
+    assert [(record["outcome"], record["answer"]) for record in now.values()] == before
+    assert now == whole
 
 
 def test_a_program_that_is_found_otherwise_is_run_anew(
