@@ -162,17 +162,34 @@ def running_daemon(
     """
     for name, switches in models.items():
         (folder / f"{name}.json").write_text(json.dumps(switches))
+    files = {name: f"{name}.json" for name in models}
+    settings = settings_of(FAKE_SERVER, folder, files, base_args=[])
+    with started_daemon(settings | env, folder, wrapper) as daemon:
+        yield daemon
+
+
+def settings_of(
+    server: Path,
+    folder: Path,
+    models: Mapping[str, object],
+    base_args: Sequence[str] | None = None,
+    **env: str,
+) -> dict[str, str]:
+    """The variables of a daemon over `server`, whose model map is written into `folder`.
+
+    Without `base_args` they are the daemon's own.
+    """
     map_file = folder / "models.map"
-    map_file.write_text(json.dumps({name: f"{name}.json" for name in models}))
+    map_file.write_text(json.dumps(models))
     settings = {
-        "LLAMA_SERVER_BIN": str(FAKE_SERVER),
+        "LLAMA_SERVER_BIN": str(server),
         "MODEL_DIR_MAP_FILE": str(map_file),
         "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
         "PORT_RANGE": free_port_range(),
-        "BASE_ARGS": "[]",
     }
-    with started_daemon(settings | env, folder, wrapper) as daemon:
-        yield daemon
+    if base_args is not None:
+        settings["BASE_ARGS"] = json.dumps(base_args)
+    return settings | env
 
 
 @contextlib.contextmanager

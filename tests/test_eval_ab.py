@@ -29,7 +29,7 @@ from eval.judge import Entry, Habits, Pair, rulings, verdict
 from eval.stats import Game
 from tests import real_parts
 from tests.browser import opened
-from tests.daemon import ROOT, Daemon, bare_environment, free_port_range, started_daemon, wait_until
+from tests.daemon import ROOT, Daemon, bare_environment, settings_of, started_daemon, wait_until
 from tests.eval_parts import serving
 from tests.llama_server import started_server
 from tests.test_eval_checks import ROLES, golden
@@ -727,15 +727,12 @@ PROMPTS = 14
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("real")
-    map_file = folder / "models.json"
-    map_file.write_text(json.dumps({"tiny": str(real_parts.tiny(stop=True))}))
-    settings = {
-        "LLAMA_SERVER_BIN": str(real_parts.llama_server_bin()),
-        "MODEL_DIR_MAP_FILE": str(map_file),
-        "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-        "PORT_RANGE": free_port_range(),
-        "BASE_ARGS": json.dumps(["-c", "8192", "-t", "1", "-np", "1", "--flash-attn", "on"]),
-    }
+    settings = settings_of(
+        real_parts.llama_server_bin(),
+        folder,
+        {"tiny": str(real_parts.tiny(stop=True))},
+        base_args=["-c", "8192", "-t", "1", "-np", "1", "--flash-attn", "on"],
+    )
     with started_daemon(settings, folder) as started:
         yield started
 

@@ -9,13 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from eval.client import AskError, Client, greedy
 from tests import real_parts
-from tests.daemon import free_port_range, started_daemon, wait_until
+from tests.daemon import settings_of, started_daemon, wait_until
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
@@ -283,15 +282,12 @@ def test_candidates_for_the_first_token_are_read(logprobs: object, tokens: objec
 
 @pytest.mark.integration
 def test_the_daemon_is_asked_for_answers_models_and_sidecars(tmp_path: Path) -> None:
-    models = tmp_path / "models.json"
-    models.write_text(json.dumps({"tiny": str(real_parts.tiny())}))
-    settings: dict[str, Any] = {
-        "LLAMA_SERVER_BIN": str(real_parts.llama_server_bin()),
-        "MODEL_DIR_MAP_FILE": str(models),
-        "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-        "PORT_RANGE": free_port_range(),
-        "BASE_ARGS": json.dumps(["-c", "1024", "-t", "1"]),
-    }
+    settings = settings_of(
+        real_parts.llama_server_bin(),
+        tmp_path,
+        {"tiny": str(real_parts.tiny())},
+        base_args=["-c", "1024", "-t", "1"],
+    )
     with (
         started_daemon(settings, tmp_path) as daemon,
         Client(f"http://127.0.0.1:{daemon.port}") as client,

@@ -19,7 +19,7 @@ from bench.parts import free_port
 from eval import regrade, results, run, runs
 from eval.contestant import Contestant
 from tests import real_parts
-from tests.daemon import ROOT, bare_environment, free_port_range, started_daemon, wait_until
+from tests.daemon import ROOT, bare_environment, settings_of, started_daemon, wait_until
 from tests.eval_parts import (
     DATA,
     CountingProxy,
@@ -529,15 +529,12 @@ def test_ctrl_c_ends_a_run_at_once_and_says_how_to_go_on(llama_server: int, tmp_
 def test_two_sets_of_flags_of_one_model_are_two_contestants_with_a_process_each(
     tmp_path: Path,
 ) -> None:
-    models = tmp_path / "models.json"
-    models.write_text(json.dumps({"tiny": str(real_parts.tiny())}))
-    settings = {
-        "LLAMA_SERVER_BIN": str(real_parts.llama_server_bin()),
-        "MODEL_DIR_MAP_FILE": str(models),
-        "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-        "PORT_RANGE": free_port_range(),
-        "BASE_ARGS": json.dumps(["-c", "2048", "-t", "1", "--parallel", "1"]),
-    }
+    settings = settings_of(
+        real_parts.llama_server_bin(),
+        tmp_path,
+        {"tiny": str(real_parts.tiny())},
+        base_args=["-c", "2048", "-t", "1", "--parallel", "1"],
+    )
     with started_daemon(settings, tmp_path) as daemon:
         words = ["--task", "gsm8k", "--limit", "2", "--max-tokens", "5"]
         words += ["--contestant", "tiny -ctk f16", "--contestant", "tiny --cache-type-k q8_0"]

@@ -21,7 +21,7 @@ import openai
 import pytest
 
 from tests import real_parts
-from tests.daemon import CHAT, Daemon, free_port_range, is_alive, started_daemon, wait_until
+from tests.daemon import CHAT, Daemon, is_alive, settings_of, started_daemon, wait_until
 from tests.tiny_gguf import WORDS
 
 pytestmark = pytest.mark.integration
@@ -36,15 +36,8 @@ LONG = 8000  # tokens: SmolLM2 needs most of a minute for so many, whoever compu
 PROMPTLY_S = 5.0  # for a short answer behind a long one that nobody wants any more
 
 
-def settings(folder: Path, models: dict[str, object], **more: str) -> dict[str, str]:
-    map_file = folder / "models.json"
-    map_file.write_text(json.dumps(models))
-    return {
-        "LLAMA_SERVER_BIN": str(real_parts.llama_server_bin()),
-        "MODEL_DIR_MAP_FILE": str(map_file),
-        "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-        "PORT_RANGE": free_port_range(),
-    } | more
+def settings(folder: Path, models: dict[str, object], **env: str) -> dict[str, str]:
+    return settings_of(real_parts.llama_server_bin(), folder, models, **env)
 
 
 @pytest.fixture(scope="module")

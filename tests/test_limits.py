@@ -22,7 +22,7 @@ import llama_sidecar
 import pool
 import winsvc
 from pool import Pool
-from tests.daemon import CHAT, FAKE_SERVER, Daemon, free_port_range, running_daemon, wait_until
+from tests.daemon import CHAT, FAKE_SERVER, Daemon, running_daemon, settings_of, wait_until
 from tests.test_pool import bench_in
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -110,7 +110,9 @@ def test_a_flood_of_connections_with_few_descriptors_is_survived(tmp_path: Path)
             body = b'{"model":"cold"}'
             early.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
             status, told = read_answer(early)
-            assert (status, json.loads(told)["error"]["code"]) == (503, "too_many_connections")
+            assert (status, json.loads(told)["error"]["code"]) == (503, "too_many_connections"), (
+                told
+            )
             wait_until(lambda: uptime_s(early) > flooded_at + 1.5, "many probes were due")
         assert daemon.chat("m")[1]["x-sidecar-start"] == "reused"
         wait_until(lambda: daemon.chat("cold")[0] == 200, "a cold one is started after all")
@@ -159,17 +161,14 @@ def served_here(folder: Path) -> Iterator[int]:
     """The daemon's server in this process, on this port: its times can be made short."""
     model = folder / "m.json"
     model.write_text("{}")
-    map_file = folder / "models.map"
-    map_file.write_text(json.dumps({"m": model.name}))
     config = llama_sidecar.read_config(
-        {
-            "LLAMA_SERVER_BIN": str(FAKE_SERVER),
-            "MODEL_DIR_MAP_FILE": str(map_file),
-            "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-            "PORT_RANGE": free_port_range(),
-            "BASE_ARGS": "[]",
-            "LLAMA_SIDECAR_STATE_DIR": str(folder / "state"),
-        }
+        settings_of(
+            FAKE_SERVER,
+            folder,
+            {"m": model.name},
+            base_args=[],
+            LLAMA_SIDECAR_STATE_DIR=str(folder / "state"),
+        )
     )
     catalog = llama_sidecar.LiveCatalog(config)
     running = Pool(llama_sidecar._pool_config(config, catalog, folder))

@@ -20,15 +20,7 @@ import pytest
 
 import pool
 from tests import real_parts
-from tests.daemon import (
-    CHAT,
-    SIGKILL,
-    Daemon,
-    free_port_range,
-    is_alive,
-    started_daemon,
-    wait_until,
-)
+from tests.daemon import CHAT, SIGKILL, Daemon, is_alive, settings_of, started_daemon, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -65,19 +57,15 @@ WEDGE = pattern("^(((a{0,999}){0,999}){0,999}){0,999}$")
 @contextlib.contextmanager
 def real_daemon(folder: Path, **env: str) -> Iterator[Daemon]:
     """The daemon over the real llama-server; whatever it started is gone afterwards."""
-    map_file = folder / "models.json"
-    models = {"poisoned": str(real_parts.tiny()), "other": str(real_parts.smollm2())}
-    map_file.write_text(json.dumps(models))
-    settings = {
-        "LLAMA_SERVER_BIN": str(real_parts.llama_server_bin()),
-        "MODEL_DIR_MAP_FILE": str(map_file),
-        "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-        "PORT_RANGE": free_port_range(),
-        "BASE_ARGS": json.dumps(["-c", "8192", "-t", "1", "--parallel", "2"]),
-        "HEALTH_INTERVAL_SECONDS": "1",
-        "LLAMA_SIDECAR_STALL_SECONDS": str(STALL_S),
-        "LLAMA_SIDECAR_DRAIN_SECONDS": str(DRAIN_S),
-    }
+    settings = settings_of(
+        real_parts.llama_server_bin(),
+        folder,
+        {"poisoned": str(real_parts.tiny()), "other": str(real_parts.smollm2())},
+        base_args=["-c", "8192", "-t", "1", "--parallel", "2"],
+        HEALTH_INTERVAL_SECONDS="1",
+        LLAMA_SIDECAR_STALL_SECONDS=str(STALL_S),
+        LLAMA_SIDECAR_DRAIN_SECONDS=str(DRAIN_S),
+    )
     pids: set[int] = set()
     with started_daemon(settings | env, folder) as daemon:
         try:

@@ -18,7 +18,7 @@ import pool
 import winsvc
 from pool import Lease, LoadFailed, LoadTimeout, PoolBusy, Sidecar, State
 from tests import real_parts
-from tests.daemon import CHAT, free_port_range, running_daemon, started_daemon, wait_until
+from tests.daemon import CHAT, running_daemon, settings_of, started_daemon, wait_until
 from tests.test_pool import Bench, answer_of, bench_in
 
 NO_MEMORY = "E ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory"
@@ -184,17 +184,14 @@ def test_an_answer_that_trickles_is_left_alone(tmp_path: Path, stream: bool) -> 
 def test_a_long_prompt_is_not_taken_for_a_stall(tmp_path: Path) -> None:
     stall_s = 2.0
     args = ["-c", "8192", "-b", "32", "-ub", "32", "-t", "1", "--parallel", "1"]
-    map_file = tmp_path / "models.json"
-    map_file.write_text(json.dumps({"m": {"path": str(real_parts.smollm2()), "args": args}}))
-    settings = {
-        "LLAMA_SERVER_BIN": str(real_parts.llama_server_bin()),
-        "MODEL_DIR_MAP_FILE": str(map_file),
-        "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-        "PORT_RANGE": free_port_range(),
-        "BASE_ARGS": "[]",
-        "LLAMA_SIDECAR_STALL_SECONDS": f"{stall_s:g}",
-        "HEALTH_INTERVAL_SECONDS": "0.5",
-    }
+    settings = settings_of(
+        real_parts.llama_server_bin(),
+        tmp_path,
+        {"m": {"path": str(real_parts.smollm2()), "args": args}},
+        base_args=[],
+        LLAMA_SIDECAR_STALL_SECONDS=f"{stall_s:g}",
+        HEALTH_INTERVAL_SECONDS="0.5",
+    )
     with started_daemon(settings, tmp_path) as daemon:
         prompt = "one two three four five six seven eight nine ten " * 120
         body = {"model": "m", "prompt": prompt, "max_tokens": 2}

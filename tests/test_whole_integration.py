@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests import real_parts
-from tests.daemon import CHAT, Daemon, free_port_range, started_daemon, wait_until
+from tests.daemon import CHAT, Daemon, settings_of, started_daemon, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -44,15 +44,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         "agent": {"path": smollm2, "args": ARGS},
         "two-slots": {"path": smollm2, "args": ["--parallel", "2"]},
     }
-    map_file = folder / "models.json"
-    map_file.write_text(json.dumps(models))
-    settings = {
-        "LLAMA_SERVER_BIN": str(real_parts.llama_server_bin()),
-        "MODEL_DIR_MAP_FILE": str(map_file),
-        "LLAMA_SIDECAR_BIND": "127.0.0.1:0",
-        "PORT_RANGE": free_port_range(),
-        "BASE_ARGS": '["-c","8192","-t","2"]',
-    }
+    settings = settings_of(
+        real_parts.llama_server_bin(), folder, models, base_args=["-c", "8192", "-t", "2"]
+    )
     with started_daemon(settings, folder) as started:
         yield started
 
