@@ -475,7 +475,7 @@ class Pool:
             sidecar = self._serving_locked(ticket)
             if sidecar and sidecar.state is State.STARTING:
                 return f"loading model {now - sidecar.started:.1f}s"
-            ahead = sum(t.arrived < ticket.arrived for t in self._waiting)
+            ahead = self._waiting.index(ticket) if ticket in self._waiting else 0
             return f"waiting for a place, {ahead} ahead {now - ticket.arrived:.1f}s"
 
     def snapshot(self) -> list[dict[str, object]]:
@@ -745,6 +745,7 @@ class Pool:
                 self._waiting.remove(ticket)
             if ticket.sidecar and not ticket.is_taken:
                 ticket.sidecar.in_flight -= 1
+                self._changed.notify_all()  # `close` may wait for this one
             actions = self._decide_locked() if not ticket.is_taken and not self.is_closed else []
         _run(actions)
 
