@@ -68,7 +68,7 @@ def test_who_gives_up_on_a_load_is_told_when_it_should_be_done(tmp_path: Path) -
         history.loads_s.extend([30.0])
         with pytest.raises(LoadTimeout, match=r"it took 30\.0 s to load") as caught:
             bench.lease("slow", 1.0)
-        assert 20 < (caught.value.retry_after_s or 0) < 29.1
+        assert 20 < (caught.value.retry_after_s or 0) < 29.5
         bench.touch("slow", "load_gate")
 
 
@@ -120,9 +120,11 @@ def test_an_idle_child_whose_counters_stand_still_is_left_alone(tmp_path: Path) 
     with bench_in(tmp_path, stall_s=0.2, health_interval_s=0.05) as bench:
         idle = bench.use("m")
         began = time.monotonic()
-        wait_until(lambda: time.monotonic() - began > 1.0, "five times the time of a stall")
+        wait_until(
+            lambda: time.monotonic() - began > 1.0 and slots_asked(bench, "m") > 3,
+            "five times the time of a stall, and it was looked at",
+        )
         assert idle.state is State.READY
-        assert slots_asked(bench, "m") > 3
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_a_load_that_runs_out_of_memory_evicts_one_idle_sidecar_and_tries_again(
             assert answer_of(lease) == 200
         assert bench.alive() == {"newer", "big"}
         assert len(bench.lines("big", "starts")) == 2
-        assert bench.pool._held_places == 0
+        wait_until(lambda: bench.pool._held_places == 0, "no place is kept free any more")
 
 
 def test_who_was_evicted_for_nothing_is_started_again(tmp_path: Path) -> None:
