@@ -283,6 +283,7 @@ def test_a_stream_that_its_client_leaves_frees_the_slot(daemon: Daemon) -> None:
 
 def test_a_request_that_its_client_leaves_frees_the_slot(daemon: Daemon) -> None:
     assert daemon.chat("one-slot", max_tokens=1)[0] == 200
+    daemon.idle_sidecars()
     body = {"model": "one-slot", "prompt": "Once", "max_tokens": LONG, "ignore_eos": True}
     connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=20)
     with contextlib.closing(connection):
