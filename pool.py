@@ -87,6 +87,10 @@ class LoadTimeout(SidecarError):
     status, code = 504, "load_timeout"
 
 
+class OutOfDescriptors(SidecarError):
+    status, code = 503, "too_many_connections"
+
+
 class UpstreamFailed(SidecarError):
     status, code = 502, "upstream_failed"
 
@@ -804,11 +808,16 @@ class Pool:
         except SidecarError as exc:
             error = exc
         except OSError as exc:
-            error = LoadFailed(f"{self.config.server_bin} cannot be started: {exc}")
+            error = self._cannot_start(exc)
         if error is None and not self._record_ready(sidecar):
             assert sidecar.process is not None
             error = _exited(sidecar, sidecar.process.wait())
         return error
+
+    def _cannot_start(self, exc: OSError) -> SidecarError:
+        if exc.errno in OUT_OF_DESCRIPTORS:
+            return OutOfDescriptors(f"too many open connections: {exc}", retry_after_s=1.0)
+        return LoadFailed(f"{self.config.server_bin} cannot be started: {exc}")
 
     def _make_memory(self, sidecar: Sidecar) -> Sidecar | None:
         """Evict one idle sidecar for a load that ran out of memory; None if there is none.

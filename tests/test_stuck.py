@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import http.server
 import json
@@ -16,7 +17,7 @@ import pytest
 
 import pool
 import winsvc
-from pool import Lease, LoadFailed, LoadTimeout, PoolBusy, Sidecar, State
+from pool import Lease, LoadFailed, LoadTimeout, OutOfDescriptors, PoolBusy, Sidecar, State
 from tests import real_parts
 from tests.daemon import CHAT, free_port_range, running_daemon, started_daemon, wait_until
 from tests.test_pool import Bench, answer_of, bench_in
@@ -317,6 +318,24 @@ def test_when_the_pause_is_over_one_try_serves_all_who_ask(
         assert len({id(sidecar) for sidecar in served}) == 1
         assert len(bench.lines("m", "starts")) == 2
         assert bench.pool._histories[spec.hash].failures == 0
+
+
+def test_a_load_that_finds_no_descriptor_is_told_as_too_many_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spawn(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with bench_in(tmp_path) as bench:
+        with monkeypatch.context() as patched:
+            patched.setattr(winsvc, "spawn", spawn)
+            with pytest.raises(OutOfDescriptors) as caught:
+                bench.use("m")
+        assert (caught.value.status, caught.value.code) == (503, "too_many_connections")
+        assert caught.value.retry_after_s
+        bench.pool._histories[bench.spec("m").hash].retry_at = 0.0
+        wait_until(lambda: not bench.alive(), "its place is free")
+        assert bench.use("m").state is State.READY
 
 
 # --- somebody else's port
