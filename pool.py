@@ -87,6 +87,10 @@ class LoadTimeout(SidecarError):
     status, code = 504, "load_timeout"
 
 
+class OutOfDescriptors(SidecarError):
+    status, code = 503, "too_many_connections"
+
+
 class UpstreamFailed(SidecarError):
     status, code = 502, "upstream_failed"
 
@@ -475,7 +479,7 @@ class Pool:
             sidecar = self._serving_locked(ticket)
             if sidecar and sidecar.state is State.STARTING:
                 return f"loading model {now - sidecar.started:.1f}s"
-            ahead = sum(t.arrived < ticket.arrived for t in self._waiting)
+            ahead = self._waiting.index(ticket) if ticket in self._waiting else 0
             return f"waiting for a place, {ahead} ahead {now - ticket.arrived:.1f}s"
 
     def snapshot(self) -> list[dict[str, object]]:
@@ -745,6 +749,7 @@ class Pool:
                 self._waiting.remove(ticket)
             if ticket.sidecar and not ticket.is_taken:
                 ticket.sidecar.in_flight -= 1
+                self._changed.notify_all()  # `close` may wait for this one
             actions = self._decide_locked() if not ticket.is_taken and not self.is_closed else []
         _run(actions)
 
@@ -803,11 +808,16 @@ class Pool:
         except SidecarError as exc:
             error = exc
         except OSError as exc:
-            error = LoadFailed(f"{self.config.server_bin} cannot be started: {exc}")
+            error = self._cannot_start(exc)
         if error is None and not self._record_ready(sidecar):
             assert sidecar.process is not None
             error = _exited(sidecar, sidecar.process.wait())
         return error
+
+    def _cannot_start(self, exc: OSError) -> SidecarError:
+        if exc.errno in OUT_OF_DESCRIPTORS:
+            return OutOfDescriptors(f"too many open connections: {exc}", retry_after_s=1.0)
+        return LoadFailed(f"{self.config.server_bin} cannot be started: {exc}")
 
     def _make_memory(self, sidecar: Sidecar) -> Sidecar | None:
         """Evict one idle sidecar for a load that ran out of memory; None if there is none.

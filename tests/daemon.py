@@ -112,6 +112,13 @@ class Daemon:
         rows: list[dict[str, Any]] = self.ask("GET", "/sidecars")[2]["sidecars"]
         return rows
 
+    def idle_sidecars(self) -> list[dict[str, Any]]:
+        """Once no request is in flight: a client has its answer a moment before."""
+        wait_until(
+            lambda: not any(row["in_flight"] for row in self.sidecars()), "nothing is in flight"
+        )
+        return self.sidecars()
+
     def starts(self, model: str) -> list[dict[str, Any]]:
         """What the fake noted at each start of this model."""
         return _json_lines(self.folder / f"{model}.json.starts")

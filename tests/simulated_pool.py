@@ -261,10 +261,9 @@ class SimulatedPool(Pool):
         now = time.monotonic()
         alive = list(self._sidecars.values())
         unserved = self._unserved_locked()
-        fair_s = self.config.fair_wait_s
         drains = [s.spec.model_id for s in alive if s.is_draining]
         self._fault_if(
-            drains and not any(now - t.arrived >= fair_s for t in unserved),
+            drains and not any(now >= ticket.fair_at for ticket in unserved),
             f"drains: {drains} for nobody who waited long",
         )
         self._fault_if(
@@ -279,7 +278,7 @@ class SimulatedPool(Pool):
                 self._drained_for.pop(sidecar, None)
             elif unserved:
                 self._drained_for.setdefault(sidecar, unserved[0])
-        is_overdue = bool(unserved) and before - unserved[0].arrived >= fair_s
+        is_overdue = bool(unserved) and before >= unserved[0].fair_at
         could_yield = any(s.state is State.READY and not s.is_pinned for s in alive)
         yields = drains or any(s.state is State.STOPPING for s in alive)
         self._fault_if(

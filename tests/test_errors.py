@@ -290,9 +290,10 @@ def moment(text: str) -> datetime.datetime:
 def test_sidecars_lists_each_child_most_recently_used_first(daemon: Daemon) -> None:
     before = datetime.datetime.now(datetime.UTC) - datetime.timedelta(milliseconds=2)
     daemon.chat("qwen-small")
+    daemon.idle_sidecars()  # so that its use has ended before the next one begins
     daemon.chat("shown", "-c 3")
     daemon.chat("shown", "-c 3")
-    rows = daemon.sidecars()
+    rows = daemon.idle_sidecars()
     row = rows[0]
     assert set(row) == set(
         "hash model_id model_path args state port pid in_flight requests_total created_at "

@@ -162,7 +162,7 @@ def test_who_kills_the_process_is_told_how_it_died_and_the_next_one_is_served(
         assert not is_alive(before)
         assert pid_of(daemon, "poisoned") != before
         other.must_move()
-    wait_until(lambda: in_flight(daemon, "poisoned") == 0, "the lease is released", 1.0)
+    wait_until(lambda: in_flight(daemon, "poisoned") == 0, "the lease is released")
 
 
 def test_a_wedged_process_is_found_and_replaced_while_others_go_on(

@@ -347,10 +347,8 @@ def test_the_longest_agent_id_is_taken(isolating: Daemon) -> None:
 
 
 def chat_when_idle(daemon: Daemon, model: str, *, stream: bool = False) -> tuple[int, Any, Any]:
-    """A client has its answer a moment before its connection to the child is put back."""
-    wait_until(
-        lambda: not any(row["in_flight"] for row in daemon.sidecars()), "nothing is in flight"
-    )
+    """So that the connection to the child has been put back."""
+    daemon.idle_sidecars()
     return daemon.chat(model, stream=stream)
 
 
@@ -531,6 +529,7 @@ def test_the_child_is_told_within_a_second_that_its_client_left(
     daemon: Daemon, model: str, fake: dict[str, object], phase: str
 ) -> None:
     daemon.chat(model)  # loaded, so that the second is the relay's own
+    daemon.idle_sidecars()
     is_stream = model != "left-waiting"
     with contextlib.closing(daemon.connect()) as sock:
         sock.sendall(request_bytes(chat_body(model, stream=is_stream, fake=fake)))
@@ -542,7 +541,7 @@ def test_the_child_is_told_within_a_second_that_its_client_left(
         assert not daemon.events(model, "disconnect")
     events = wait_until(lambda: daemon.events(model, "disconnect"), "a disconnect", 1.0)
     assert [event["phase"] for event in events] == [phase]
-    wait_until(lambda: in_flight(daemon, model) == 0, "the lease is released", 1.0)
+    wait_until(lambda: in_flight(daemon, model) == 0, "the lease is released")
     assert daemon.chat(model)[1]["x-sidecar-start"] == "reused"
 
 
@@ -575,7 +574,7 @@ def test_a_stream_that_breaks_is_cut_and_not_ended(daemon: Daemon, fake: dict[st
     assert b" three" not in answer
     assert b"[DONE]" not in answer
     assert not answer.endswith(b"0\r\n\r\n")
-    wait_until(lambda: in_flight(daemon, "breaking") == 0, "the lease is released", 1.0)
+    wait_until(lambda: in_flight(daemon, "breaking") == 0, "the lease is released")
     if "die_mid_stream" in fake:  # the next request is not to meet the dying one
         pid = daemon.starts("breaking")[-1]["pid"]
         wait_until(lambda: pid not in [row["pid"] for row in daemon.sidecars()], "its end is seen")

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -466,6 +466,25 @@ def test_a_client_that_leaves_as_the_model_becomes_ready_leaves_no_hold_behind()
         assert here.use("other").spec.model_id == "other"  # so the first could be evicted
 
 
+def test_a_client_that_leaves_as_the_pool_closes_is_not_waited_for(
+    clients: ThreadPoolExecutor,
+) -> None:
+    gate = threading.Event()
+    closings: list[Future[None]] = []
+
+    def leave(ticket: Ticket) -> None:
+        gate.set()
+        wait_until(lambda: ticket.sidecar, "it was granted")
+        closings.append(clients.submit(here.pool.close, 100 * PATIENCE_S))
+        wait_until(lambda: here.pool.is_closed, "it closes")
+        raise LeftOnWait
+
+    with scene({"slow": Life(load_gate=gate)}) as here:
+        with pytest.raises(LeftOnWait):
+            here.pool.lease(simulated_spec("slow"), PATIENCE_S, on_wait=leave)
+        closings[0].result(PATIENCE_S)
+
+
 def test_a_client_that_leaves_while_it_is_answered_leaves_its_model_up() -> None:
     def ask_and_leave() -> None:
         with here.lease("m"):
@@ -575,16 +594,42 @@ def test_steps_do_not_keep_a_model_beyond_the_fair_time(clients: ThreadPoolExecu
         assert other.result(PATIENCE_S).spec.model_id == "other"
 
 
-def test_a_clock_that_goes_in_steps_forgets_nobody(
-    clients: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Windows' does: the moment that is waited for may be the very moment of waking."""
+@pytest.fixture
+def clock_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows' is: the moment that is waited for may be the very moment of waking."""
     clock = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: math.floor(clock() * 1000) / 1000)
+
+
+@pytest.mark.usefixtures("clock_in_steps")
+def test_a_clock_that_goes_in_steps_forgets_nobody(clients: ThreadPoolExecutor) -> None:
     for _ in range(100):
         with scene(step_s=600.0, fair_wait_s=0.005) as here:
             here.use("agent", calls_tools=True)
             assert clients.submit(here.use, "other").result(PATIENCE_S)
+
+
+@pytest.mark.usefixtures("clock_in_steps")
+def test_a_clock_that_goes_in_steps_drains_nobody_too_early(clients: ThreadPoolExecutor) -> None:
+    for _ in range(50):
+        with scene(fair_wait_s=0.005) as here:
+            with here.lease("busy") as busy:
+                other = clients.submit(here.use, "other")
+                wait_until(lambda: busy.sidecar.is_draining, "it is to run dry")
+            assert other.result(PATIENCE_S)
+
+
+def test_who_came_at_the_same_moment_is_ahead_all_the_same(clients: ThreadPoolExecutor) -> None:
+    with scene() as here:
+        with here.lease("held"):
+            for number, name in enumerate(("first", "second"), 1):
+                clients.submit(here.use, name)
+                here.waits(number)
+            first, second = here.pool._waiting
+            second.arrived = first.arrived  # as a clock that goes in steps has it
+            assert ", 0 ahead " in here.pool.progress(first)
+            assert ", 1 ahead " in here.pool.progress(second)
+        here.waits(0)
 
 
 def test_of_two_idle_models_the_one_between_steps_is_kept() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pool import State
+from pool import Sidecar, State
 from tests.daemon import CHAT, Daemon, running_daemon, wait_until
 from tests.test_pool import Bench, bench_in
 
@@ -42,7 +42,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 def is_spared(daemon: Daemon, threads: ThreadPoolExecutor) -> bool:
     """Whether a request for another model leaves the agent's sidecar alone."""
-    (agent,) = daemon.sidecars()
+    (agent,) = daemon.idle_sidecars()
     other = threads.submit(daemon.chat, "other")
     wait_until(
         lambda: other.done() or daemon.ask("GET", "/health")[2]["queue"]["waiting"], "it waits"
@@ -116,17 +116,20 @@ def test_text_that_only_speaks_of_tool_calls_is_no_step(
 # --- what a step spares
 
 
-def step(bench: Bench, name: str, *, goes_on: bool = True) -> None:
+def step(bench: Bench, name: str, *, goes_on: bool = True) -> Sidecar:
     with bench.lease(name) as lease:
         lease.ended_in_tool_calls = goes_on
+        return lease.sidecar
 
 
 def test_an_agent_between_steps_is_spared_until_its_time_is_over(tmp_path: Path) -> None:
     with bench_in(tmp_path, max_sidecars=1, step_s=0.8, fair_wait_s=60.0) as bench:
-        step(bench, "agent")
+        agent = step(bench, "agent")
         with bench.lease("other") as lease:
             assert lease.start_kind == "evicted"
-            assert lease.wait_s > 0.7
+            (start,) = bench.lines("other", "starts")
+            assert isinstance(start["t"], float)
+            assert start["t"] >= agent.step_until
 
 
 def test_an_agent_that_comes_back_in_time_finds_its_sidecar(
