@@ -37,10 +37,12 @@ from urllib.parse import unquote
 
 import winsvc
 from pool import (
+    OUT_OF_DESCRIPTORS,
     UNWATCHED_S,
     Connection,
     Lease,
     NotConnected,
+    OutOfDescriptors,
     Pool,
     PoolConfig,
     SidecarError,
@@ -1754,14 +1756,12 @@ def _watching(
     """While the block runs, call `when_gone` as soon as the client closes its connection.
 
     `tell` is called every COMMENT_PAUSE_S, and may raise ClientGone. Raises
-    RequestRefused where there is no descriptor left to do so.
+    OutOfDescriptors where none is left to do so.
     """
     try:
         ours, theirs = socket.socketpair()
     except OSError as exc:
-        refused = RequestRefused(503, "too_many_connections", f"too many open connections: {exc}")
-        refused.retry_after_s = 1.0
-        raise refused from exc
+        raise OutOfDescriptors.because(exc) from exc
     pause_s = COMMENT_PAUSE_S if tell else None
 
     def watch() -> None:
@@ -1938,6 +1938,8 @@ class _Relay:
         try:
             return self._lease.upstream.take(fresh=is_retry)
         except OSError as exc:
+            if exc.errno in OUT_OF_DESCRIPTORS:
+                raise OutOfDescriptors.because(exc) from exc
             failure = UpstreamFailed if is_retry else NotConnected
             raise failure(self._failure_words(exc)) from exc
 

@@ -88,7 +88,13 @@ class LoadTimeout(SidecarError):
 
 
 class OutOfDescriptors(SidecarError):
+    """Connections hold them all: neither the model nor llama-server is to blame."""
+
     status, code = 503, "too_many_connections"
+
+    @classmethod
+    def because(cls, exc: OSError) -> OutOfDescriptors:
+        return cls(f"too many open connections: {exc}", retry_after_s=1.0)
 
 
 class UpstreamFailed(SidecarError):
@@ -816,7 +822,7 @@ class Pool:
 
     def _cannot_start(self, exc: OSError) -> SidecarError:
         if exc.errno in OUT_OF_DESCRIPTORS:
-            return OutOfDescriptors(f"too many open connections: {exc}", retry_after_s=1.0)
+            return OutOfDescriptors.because(exc)
         return LoadFailed(f"{self.config.server_bin} cannot be started: {exc}")
 
     def _make_memory(self, sidecar: Sidecar) -> Sidecar | None:

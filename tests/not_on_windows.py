@@ -16,6 +16,7 @@ _LIMITS = "its limits are those of POSIX; a job object has others, and Wine keep
 _SLOW = "it takes minutes under Wine"
 _TIME = "its time limits are too short for Wine"
 _SCRIPTS = "Windows starts no scripts, and who watches a host is no Windows"
+_HANDLES = "there is no limit on a process's handles to run into there"
 
 REASONS = {
     "test_bench_watch.py::test_the_shell_of_the_host_is_known_by_what_it_makes_of_a_variable": (
@@ -63,9 +64,11 @@ REASONS = {
     "test_faults.py::test_a_fault_is_told_and_mended[floods, prefill]": _TIME,
     "test_steps.py::test_a_step_is_seen_wherever_its_stream_is_split[1]": _TIME,
     "test_steps.py::test_a_step_is_spared_no_longer_than_is_fair_to_who_waits": _TIME,
-    "test_limits.py::test_a_flood_of_connections_with_few_descriptors_is_survived": (
-        "Windows has no limit on a process's handles to run into"
+    "test_limits.py::test_a_flood_of_connections_with_few_descriptors_is_survived": _HANDLES,
+    "test_limits.py::test_a_start_for_which_descriptors_are_too_few_is_told_so_however_far_it_came": (
+        _HANDLES
     ),
+    "test_limits.py::test_a_request_to_a_running_process_is_told_so_too": _HANDLES,
     "test_limits.py::test_a_slow_reader_holds_only_its_own_stream_and_no_memory": _PROC,
     "test_bench.py::test_what_is_not_installed_is_named": _BENCH,
     "test_bench.py::test_a_refused_stream_is_a_fault": _BENCH,

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import socket
 import sys
 import threading
@@ -116,6 +117,61 @@ def test_a_flood_of_connections_with_few_descriptors_is_survived(tmp_path: Path)
             wait_until(lambda: uptime_s(early) > flooded_at + 1.5, "many probes were due")
         assert daemon.chat("m")[1]["x-sidecar-start"] == "reused"
         wait_until(lambda: daemon.chat("cold")[0] == 200, "a cold one is started after all")
+        assert len(daemon.starts("m")) == 1
+
+
+def test_a_start_for_which_descriptors_are_too_few_is_told_so_however_far_it_came(
+    tmp_path: Path,
+) -> None:
+    """With one more of them free each time, until all that a start takes are there."""
+    wrapper = ["sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$@"', "sh"]
+    models = {f"cold{number}": dict[str, object]() for number in range(20)}
+    seen = []
+    with (
+        running_daemon(tmp_path, models, wrapper=wrapper) as daemon,
+        daemon.connect() as early,
+        contextlib.ExitStack() as flood,
+    ):
+        uptime_s(early)
+        held = [flood.enter_context(daemon.connect()) for _ in range(DESCRIPTORS)]
+        wait_until(lambda: descriptors_of(daemon) >= DESCRIPTORS - 1, "it has no more of them")
+        for model in models:
+            body = b'{"model":"%b"}' % model.encode()
+            early.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            while not select.select([early], [], [], 0.5)[0]:
+                held.pop(0).close()  # it is started, and waits for what asking it takes
+            status, told = read_answer(early)
+            if status == 200:
+                break
+            seen.append((status, json.loads(told)["error"]["code"]))
+            held.pop(0).close()
+        else:
+            pytest.fail(f"none was started: {seen}")
+    assert set(seen) == {(503, "too_many_connections")}
+
+
+def test_a_request_to_a_running_process_is_told_so_too(tmp_path: Path) -> None:
+    """Its only kept connection is held by a stream, and there is nothing for another."""
+    wrapper = ["sh", "-c", f'ulimit -n {DESCRIPTORS}; exec "$@"', "sh"]
+    stream = {"model": "m", "stream": True, "fake": {"stream_gate": 1}}
+    with (
+        running_daemon(tmp_path, {"m": {}}, wrapper=wrapper) as daemon,
+        daemon.connect() as early,
+        contextlib.ExitStack() as flood,
+    ):
+        uptime_s(early)
+        connection, response = daemon.send("POST", CHAT, stream)
+        flood.callback(connection.close)
+        assert response.readline().startswith(b"data: ")
+        for _ in range(DESCRIPTORS):
+            flood.enter_context(daemon.connect())
+        wait_until(lambda: descriptors_of(daemon) >= DESCRIPTORS, "it has no more of them")
+        body = b'{"model":"m"}'
+        early.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        status, told = read_answer(early)
+        assert (status, json.loads(told)["error"]["code"]) == (503, "too_many_connections")
+        daemon.open_gate("m", "stream_gate")
+        assert response.read().rstrip().endswith(b"[DONE]")
         assert len(daemon.starts("m")) == 1
 
 
