@@ -974,17 +974,19 @@ class InTurn:
 
 
 NO_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
-NO_TURNS: Final = contextlib.nullcontext()
 # Each send lets go of the interpreter. Of many threads some would have it again and again,
-# and others late, if none of their calls was made in turn (docs/performance.md). One is enough.
-TO_CHILDREN: Final = InTurn()
+# and others late, if none of their calls was made in turn (docs/performance.md). What goes to
+# a child and the beginning of its answer do; later pieces of a stream wait for nobody.
+TURNS: Final = InTurn()
+NO_TURNS: Final = contextlib.nullcontext()
+Turn = contextlib.AbstractContextManager[None]
 
 
 def _send_all(
     sock: socket.socket,
     data: Bytes,
     timeout_s: float,
-    turn: contextlib.AbstractContextManager[None] = NO_TURNS,
+    turn: Turn = NO_TURNS,
 ) -> None:
     """Send it all. Raises OSError.
 
@@ -1536,10 +1538,10 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- answering
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, turn: Turn = NO_TURNS) -> None:
         """Send to the client. Raises ClientGone if it takes nothing for SEND_TIMEOUT_S."""
         try:
-            _send_all(self.connection, data, SEND_TIMEOUT_S)
+            _send_all(self.connection, data, SEND_TIMEOUT_S, turn)
         except OSError as exc:
             raise ClientGone from exc
 
@@ -1945,7 +1947,7 @@ class _Relay:
 
     def _ask(self, connection: Connection, wire: Wire) -> tuple[Head, int]:
         for data in self._message():
-            _send_all(connection.sock, data, UPSTREAM_SEND_TIMEOUT_S, TO_CHILDREN)
+            _send_all(connection.sock, data, UPSTREAM_SEND_TIMEOUT_S, TURNS)
         for _ in range(5):
             block = wire.head_block(None, HEAD_TIMEOUT_S)
             if block is None:
@@ -1996,7 +1998,7 @@ class _Relay:
             for piece in pieces:
                 self._note(piece)
                 data = _as_chunk(piece) if is_chunked and piece else piece
-                handler._write(start + data if start else data)
+                handler._write(start + data if start else data, TURNS if start else NO_TURNS)
                 self.sent_bytes += len(piece)
                 start = b""
         except (OSError, MalformedMessage) as exc:
