@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-LETTERS = frozenset("ABCD")
+from eval.data import LETTERS
+
+OPTIONS = frozenset(LETTERS)
 
 # What a letter, or all of a reply, may be dressed up in.
 DRESS = re.compile(r"[*$`_}]|\\(?:boxed|text|textbf|mathrm|mathbf|mathbb)\{")
@@ -97,7 +99,7 @@ def flexible(text: str, *, is_cut: bool = False) -> str | None:
         set() if is_cut else _labelled(plain),
     ):
         if found:
-            return found.pop() if len(found) == 1 and found <= LETTERS else None
+            return found.pop() if len(found) == 1 and found <= OPTIONS else None
     return None
 
 

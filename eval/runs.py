@@ -88,27 +88,34 @@ def gone_on_with(
     Raises OtherRun before anybody is asked in vain, OtherServer, and all that `server` and
     journal.opened raise.
     """
-    if not _is_whole(path, decides, is_left, is_new_run=settings.is_new_run):
+    before = _contents(path)
+    if not _is_whole(path, before, decides, is_left, is_new_run=settings.is_new_run):
         about = about | {"server": server()}
-        _refuse_other_server(path, decides, about["server"], is_new_run=settings.is_new_run)
+        _refuse_other_server(path, before, decides, about["server"], settings)
     with journal.opened(
         path, decides, about, is_new_run=settings.is_new_run, is_repair=settings.is_repair
     ) as file:
         yield file
 
 
+def _contents(path: Path) -> journal.Contents | None:
+    """None where nothing can be read: journal.opened makes the file, or says it better."""
+    try:
+        return journal.read(path)
+    except (OSError, journal.JournalError):
+        return None
+
+
 def _is_whole(
     path: Path,
+    contents: journal.Contents | None,
     decides: Record,
     is_left: Callable[[Mapping[str, Record]], bool],
     *,
     is_new_run: bool,
 ) -> bool:
     """Whether the very run is in the file, whole."""
-    try:
-        contents = journal.read(path)
-    except (OSError, journal.JournalError):
-        # journal.opened makes it, or says it better
+    if contents is None:
         return not is_left({})
     if contents.header["run_key"] != journal.run_key(decides):
         if is_new_run:
@@ -117,19 +124,17 @@ def _is_whole(
     return not contents.broken and not is_left(contents.records)
 
 
-def _refuse_other_server(path: Path, decides: Record, now: Record, *, is_new_run: bool) -> None:
+def _refuse_other_server(
+    path: Path, contents: journal.Contents | None, decides: Record, now: Record, settings: Asking
+) -> None:
     """Go on with no other llama.cpp or model file than the run began with."""
-    if not path.exists():
+    if contents is None or contents.header["run_key"] != journal.run_key(decides):
         return
-    try:
-        header = journal.read(path).header
-    except journal.JournalError:
-        return  # journal.opened says it better
-    then = header["about"].get("server") or {}
+    then = contents.header["about"].get("server") or {}
     changed = [name for name in SAME_SERVER if then.get(name) and then[name] != now[name]]
-    if header["run_key"] != journal.run_key(decides) or not changed:
+    if not changed:
         return
-    if is_new_run:
+    if settings.is_new_run:
         journal.set_aside(path)
         return
     raise OtherServer(path, [f"{name} {then[name]}, now {now[name]}" for name in changed])
