@@ -976,18 +976,14 @@ class InTurn:
 NO_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # where there is none, no call blocks
 # Each send lets go of the interpreter. Of many threads some would have it again and again,
 # and others late, if none of their calls was made in turn (docs/performance.md). What goes to
-# a child and the beginning of its answer do; later pieces of a stream wait for nobody.
+# a child takes turns, and so does the first piece of an answer that is passed on; later
+# pieces of a stream wait for nobody.
 TURNS: Final = InTurn()
 NO_TURNS: Final = contextlib.nullcontext()
 Turn = contextlib.AbstractContextManager[None]
 
 
-def _send_all(
-    sock: socket.socket,
-    data: Bytes,
-    timeout_s: float,
-    turn: Turn = NO_TURNS,
-) -> None:
+def _send_all(sock: socket.socket, data: Bytes, timeout_s: float, turn: Turn = NO_TURNS) -> None:
     """Send it all. Raises OSError.
 
     TimeoutError if for `timeout_s` the peer takes nothing; nobody's `turn` lasts so long.
@@ -1255,9 +1251,10 @@ class Handler(BaseHTTPRequestHandler):
             request = parse_request(block)
             self.is_head = request.method == "HEAD"
             is_read = request.method == "POST" and request.path in POST_ROUTES
-            self.wants_close = request.is_last or (request.has_body and not is_read)
+            leaves_body = request.has_body and not is_read
+            self.wants_close = request.is_last or leaves_body
             self._dispatch(request)
-            self.may_send_more = not request.is_last or (request.has_body and not is_read)
+            self.may_send_more = leaves_body or not request.is_last
         except MalformedMessage as exc:
             self._refuse(_bad_request(str(exc), exc.status))
         except SidecarError as exc:
