@@ -161,9 +161,11 @@ def described(client: Client, first: Answer) -> Record:
 
 
 def _file_facts(model_path: str) -> Record:
-    """Size and time of the model file, where the server is on this machine."""
+    """Size and time of the model file, where the server names one on this machine."""
+    path = Path(model_path)  # of no name: this folder, which is no file
     with contextlib.suppress(OSError, ValueError):
-        stat = Path(model_path).stat()
-        when = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC)
-        return {"model_bytes": stat.st_size, "model_mtime": when.isoformat(timespec="seconds")}
+        if path.is_file():
+            stat = path.stat()
+            when = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC)
+            return {"model_bytes": stat.st_size, "model_mtime": when.isoformat(timespec="seconds")}
     return {"model_bytes": None, "model_mtime": None}

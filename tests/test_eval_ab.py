@@ -512,6 +512,22 @@ def interrupted(server: Scripted, folder: Path, *words: str) -> None:
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
 
 
+def test_where_a_server_names_no_model_file_the_folder_it_is_run_in_says_nothing(
+    server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    words = ("--model", "good", "--prompts", str(only(tmp_path, "sql", "coder")))
+    interrupted(server, tmp_path / "out", *words)
+    (file,) = (tmp_path / "out").glob("ab.*.jsonl")
+    about = journal.read(file).header["about"]["server"]
+    assert (about["model_bytes"], about["model_mtime"]) == (None, None)
+    os.utime(here, (1e9, 1e9))
+    assert compare(server, tmp_path / "out", *words) == 0
+    assert len(journal.read(file).records) == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal only on POSIX")
 def test_ctrl_c_ends_it_at_once_and_says_how_to_go_on(server: Scripted, tmp_path: Path) -> None:
     server.held = "reviewer"
