@@ -248,6 +248,7 @@ class Config:
     stall_s: float
     state_dir: Path
     log_file: Path | None
+    keeps_to_one_cpu: bool
 
 
 DEFAULT_BASE_ARGS: Final = '["-ngl","999","-c","32768","--flash-attn","on","--no-mmap"]'
@@ -278,6 +279,7 @@ DEFAULTS: Final[Mapping[str, str]] = {
     "LLAMA_SIDECAR_STALL_SECONDS": "300",
     "LLAMA_SIDECAR_STATE_DIR": "",
     "LLAMA_SIDECAR_LOG_FILE": "",
+    "LLAMA_SIDECAR_CPUS": "one",
 }
 LOG_LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -462,6 +464,7 @@ def read_config(variables: Mapping[str, str]) -> Config:
         stall_s=env.read("LLAMA_SIDECAR_STALL_SECONDS", seconds, 300.0),
         state_dir=env.read("LLAMA_SIDECAR_STATE_DIR", _state_dir, Path()),
         log_file=env.read("LLAMA_SIDECAR_LOG_FILE", _file, None),
+        keeps_to_one_cpu=env.read("LLAMA_SIDECAR_CPUS", _either("all", "one"), True),
     )
     if env.faults:
         raise ConfigError(env.faults)
@@ -2477,6 +2480,8 @@ def serve(config: Config, stops: Stops, when_serving: Callable[[], None] = lambd
     winsvc.end_with_launcher()
     winsvc.restore_dll_search()
     winsvc.raise_descriptor_limit()
+    if config.keeps_to_one_cpu:
+        winsvc.keep_to_one_cpu()
     for orphan in winsvc.end_orphans(config.state_dir):
         log.warning("ended an orphan of an earlier daemon: %s", orphan)
     with winsvc.private_dir() as private_dir:

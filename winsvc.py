@@ -415,6 +415,9 @@ if sys.platform == "win32":
             return None
         return f"{created.dwHighDateTime:08x}{created.dwLowDateTime:08x}"
 
+    def keep_to_one_cpu() -> None:
+        """Nothing to do here: nobody has measured whether it would help."""
+
     def raise_descriptor_limit() -> None:
         """Windows has no such limit."""
 
@@ -537,6 +540,20 @@ else:
         finally:
             os.close(descriptor)
         return True
+
+    def keep_to_one_cpu() -> None:
+        """Let this thread and those that it will start run on one CPU; children have them all.
+
+        Only one thread of an interpreter runs at a time. On several CPUs each system call
+        hands it across to another, which costs more than the request (docs/performance.md).
+        The second CPU is taken: the first often serves the devices.
+        """
+        if sys.platform != "linux":
+            return
+        cpus = _spawner.submit(os.sched_getaffinity, 0).result()  # from now on a thread of its own
+        if len(cpus) > 1:
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.sched_setaffinity(0, {sorted(cpus)[1]})
 
     def raise_descriptor_limit() -> None:
         """As many sockets as the system lets this user have."""

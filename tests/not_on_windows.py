@@ -73,6 +73,9 @@ REASONS = {
         "a reset that has come shows in the next call only there"
     ),
     "test_limits.py::test_a_slow_reader_holds_only_its_own_stream_and_no_memory": _PROC,
+    "test_limits.py::test_the_daemon_keeps_to_one_processor_and_its_children_have_all": _PROC,
+    "test_limits.py::test_the_daemon_runs_everywhere_if_it_shall": _PROC,
+    "test_limits.py::test_of_one_processor_nothing_is_taken_away": _PROC,
     "test_bench.py::test_what_is_not_installed_is_named": _BENCH,
     "test_bench.py::test_a_refused_stream_is_a_fault": _BENCH,
     "test_validator.py::test_an_opened_path_becomes_the_real_one[--lora-in.gguf-{}/a.gguf]": _LINKS,

@@ -191,6 +191,7 @@ BAD_VALUES = [
     ("LLAMA_SIDECAR_SHARE", "1", "takes off or on"),
     ("LLAMA_SIDECAR_SHARE", " off", "takes off or on"),
     ("LLAMA_SIDECAR_ISOLATE", "on", "takes off or agent"),
+    ("LLAMA_SIDECAR_CPUS", "2", "takes all or one"),
     ("LLAMA_SIDECAR_AGENT_FLAGS", "--nonsense", "is no flag that llama-server is known to take"),
     ("LLAMA_SIDECAR_AGENT_FLAGS", "--lora", "needs the folder that agents may use"),
     ("LLAMA_SIDECAR_AGENT_FLAGS", "--lora=none", "names no existing folder"),

@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -405,3 +406,54 @@ def test_a_turn_goes_to_who_has_waited_longest() -> None:
 
 def has_waiters(turn: llama_sidecar.InTurn, number: int) -> bool:
     return len(turn._waiting) == number
+
+
+# --- processors
+
+
+def allowed_cpus(thread: int = 0) -> frozenset[int]:
+    """Where this thread may run; 0 is the one that asks."""
+    if sys.platform == "win32":
+        raise NotImplementedError
+    return frozenset(os.sched_getaffinity(thread))
+
+
+def threads_by_cpus(pid: int) -> Counter[frozenset[int]]:
+    """How many of its threads may run where."""
+    found: Counter[frozenset[int]] = Counter()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            found[allowed_cpus(int(task.name))] += 1
+    return found
+
+
+def test_the_daemon_keeps_to_one_processor_and_its_children_have_all(tmp_path: Path) -> None:
+    given = allowed_cpus()
+    one = frozenset(sorted(given)[:2][-1:])
+    with running_daemon(tmp_path, {"a": {}, "b": {}}, MAX_SIDECARS="1") as daemon:
+        for model in ("a", "b", "a"):  # the last one is started after an eviction
+            assert daemon.chat(model)[0] == 200
+            (row,) = daemon.sidecars()
+            assert threads_by_cpus(row["pid"]).keys() == {given}
+        found = threads_by_cpus(daemon.process.pid)
+    assert found.keys() == {one, given}
+    assert found[one] > 1
+    if one != given:
+        assert found[given] == 1, "only the thread that starts the children"
+
+
+def test_the_daemon_runs_everywhere_if_it_shall(tmp_path: Path) -> None:
+    given = allowed_cpus()
+    with running_daemon(tmp_path, {"m": {}}, LLAMA_SIDECAR_CPUS="all") as daemon:
+        assert daemon.chat("m")[0] == 200
+        assert threads_by_cpus(daemon.process.pid).keys() == {given}
+
+
+def test_of_one_processor_nothing_is_taken_away(tmp_path: Path) -> None:
+    only = min(allowed_cpus())
+    wrapper = ["taskset", "--cpu-list", str(only)]
+    with running_daemon(tmp_path, {"m": {}}, wrapper=wrapper) as daemon:
+        assert daemon.chat("m")[0] == 200
+        (row,) = daemon.sidecars()
+        for pid in (daemon.process.pid, row["pid"]):
+            assert threads_by_cpus(pid).keys() == {frozenset({only})}
