@@ -162,7 +162,8 @@ def running_litellm(bench: Bench, program: Path) -> Iterator[Target]:
     config.write_text(json.dumps({"model_list": [entry]}))
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": target.key}
-    command = [str(program), "--config", str(config), "--host", "127.0.0.1"]
+    python = program.with_name("python")  # its first line names one that may have moved since
+    command = [str(python), str(program), "--config", str(config), "--host", "127.0.0.1"]
     log = bench.folder / "litellm.log"
     with started([*command, "--port", str(target.port)], environment, log) as process:
 
