@@ -55,7 +55,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         "tool-user": {"path": smollm2, "args": ["--chat-template", TOOL_TEMPLATE]},
         "broken": "text.gguf",
     }
-    base_args = json.dumps(["-c", "8192", "-t", "2", "--parallel", "4"])
+    base_args = json.dumps(["-c", "8192", "-t", "1", "--parallel", "4"])
     chosen = settings(folder, models, BASE_ARGS=base_args, MAX_SIDECARS="14")
     with started_daemon(chosen, folder) as started:
         yield started

@@ -45,7 +45,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         "two-slots": {"path": smollm2, "args": ["--parallel", "2"]},
     }
     settings = settings_of(
-        real_parts.llama_server_bin(), folder, models, base_args=["-c", "8192", "-t", "2"]
+        real_parts.llama_server_bin(), folder, models, base_args=["-c", "8192", "-t", "1"]
     )
     with started_daemon(settings, folder) as started:
         yield started

@@ -67,7 +67,7 @@ def real_settings(folder: Path) -> Settings:
             model.write_text("{}")
     named = dict(zip(("smollm2", "tiny"), map(windows_path, models), strict=True))
     return settings(folder, server, named) | {
-        "BASE_ARGS": '["-c","2048","-t","2","--no-mmap"]',
+        "BASE_ARGS": '["-c","2048","-t","1","--no-mmap"]',
         "MAX_SIDECARS": "1",
     }
 
