@@ -2650,7 +2650,8 @@ def _parser() -> argparse.ArgumentParser:
         "user logs on; the variables set at `install` go with it.",
     )
     task.add_argument("action", choices=["install", "status", "remove", "run"])
-    commands.add_parser("bench-run", help="measure models, as bench/README.md tells")
+    if getattr(sys, "frozen", False):  # bench/exe.py takes that word before it comes here
+        commands.add_parser("bench-run", help="measure models, as bench/README.md tells")
     return parser
 
 
@@ -2668,10 +2669,6 @@ def _flags_joined(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """0 after an orderly end, 2 if the arguments or the environment cannot be used."""
     winsvc.speak_utf8()
-    if argv[:1] == ["bench-run"]:
-        from bench import job  # the daemon needs none of it; build.spec packs it with the exe
-
-        return job.main(argv[1:])
     options = _parser().parse_args(_flags_joined(argv))
     try:
         if options.command == "service" and options.action != "run":

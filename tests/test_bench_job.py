@@ -145,9 +145,11 @@ def test_a_plain_sweep_goes_through_the_same_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.json").write_text("{}")
-    command = [sys.executable, str(ROOT / "llama_sidecar.py"), "bench-run"]
+    command = [sys.executable, "-m", "bench.exe", "bench-run"]
     arguments = [str(tmp_path / "p.json"), "--out", str(tmp_path / "r.jsonl")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "the plan's schema is not 1" in done.stderr
     assert job.main([]) == 2
@@ -156,11 +158,20 @@ def test_a_plain_sweep_goes_through_the_same_word(
 
 def test_the_daemon_does_not_load_the_bench() -> None:
     """It would start more slowly for what it never uses."""
-    code = "import sys, llama_sidecar; print([m for m in sys.modules if m.startswith('bench')])"
+    assert loaded_with("llama_sidecar") == []
+
+
+def test_nor_does_the_frozen_program_before_it_is_told_to() -> None:
+    assert loaded_with("bench.exe") == ["bench", "bench.exe"]
+
+
+def loaded_with(module: str) -> list[str]:
+    """What of bench/ a fresh interpreter holds, once it has imported the module."""
+    code = f"import sys, {module}; print(*(m for m in sys.modules if m.startswith('bench')))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    return done.stdout.split()
 
 
 # --- room

@@ -181,6 +181,11 @@ def test_it_says_its_version_and_carries_it(windows: Wine) -> None:
     assert f"ProductVersion\0{said[1]}" in (carried + other_half).replace("\0\0", "\0")
 
 
+def test_its_help_names_the_runner_of_the_bench_which_it_holds(windows: Wine) -> None:
+    assert "bench-run" in windows.run([EXE, "--help"]).stdout.decode()
+    assert windows.run([EXE, "bench-run", "--help"]).stdout.decode().startswith("usage: bench-run ")
+
+
 def test_what_it_prints_is_utf8(windows: Wine, tmp_path: Path) -> None:
     env = fake_settings(tmp_path, {"münchen-模型": {}})
     said = windows.run([EXE, "check", "--model", "münchen-模型"], env=env).stdout.decode("utf-8")
